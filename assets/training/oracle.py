@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from PIL import Image
@@ -79,15 +79,13 @@ def _colour_references() -> dict[str, np.ndarray]:
     return {colour: inside(colour) for colour in scenes.COLOURS}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _outline_facts(kind: str) -> tuple[float, float, float]:
     """(area, centroid x, centroid y) of the kind's outline, in units of its radius."""
     inside = scenes.distance_field(kind) < 0
     step = 2 * scenes.FIELD_EXTENT / (scenes.FIELD_SIZE - 1)
     y, x = np.nonzero(inside)
-    return inside.sum() * step**2, *(
-        float(v.mean() * step - scenes.FIELD_EXTENT) for v in (x, y)
-    )
+    return inside.sum() * step**2, *(float(v.mean() * step - scenes.FIELD_EXTENT) for v in (x, y))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -215,5 +213,5 @@ def score_caption(picture: Image.Image | np.ndarray, caption: str | scenes.Scene
 
 
 def score_pictures(pictures: Sequence[Image.Image], captions: Sequence[str]) -> list[float]:
-    """1.0 for every picture that is right in every attribute, else 0.0 (a scorer for comparisons)."""
+    """1.0 for every picture that is right in every attribute, else 0.0; a scorer."""
     return [float(score_caption(p, c).right) for p, c in zip(pictures, captions, strict=True)]

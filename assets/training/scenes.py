@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
 from scipy.ndimage import map_coordinates
@@ -112,9 +112,7 @@ def sample_scene(rng: np.random.Generator, num_things: int | None = None) -> Sce
     if num_things is None:
         num_things = 1 if rng.random() < 0.35 else 2
     things = tuple(
-        Thing(
-            str(rng.choice(list(COLOURS))), str(rng.choice(KINDS)), str(rng.choice(list(SIZES)))
-        )
+        Thing(str(rng.choice(list(COLOURS))), str(rng.choice(KINDS)), str(rng.choice(list(SIZES))))
         for _ in range(num_things)
     )
     background = str(rng.choice(list(BACKGROUNDS)))
@@ -130,7 +128,7 @@ def sample_training_scene(rng: np.random.Generator, num_things: int | None = Non
 
 
 def change_one_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
-    """Returns the scene with exactly one attribute (of a thing, relation, backdrop) made another."""
+    """Returns the scene with exactly one attribute (thing, relation or backdrop) made another."""
     choices = [("background", None)] + [("relation", None)] * (scene.relation is not None)
     for i, thing in enumerate(scene.things):
         choices += [("colour", i), ("kind", i)] + [("size", i)] * (thing.size is not None)
@@ -292,7 +290,7 @@ def _polygon_distance(points: np.ndarray, vertices: np.ndarray) -> np.ndarray:
     return np.where(inside, -distance, distance)
 
 
-@lru_cache(maxsize=None)
+@cache
 def distance_field(kind: str) -> np.ndarray:
     """The kind's signed distance field, (FIELD_SIZE, FIELD_SIZE), in units of its radius."""
     axis = np.linspace(-FIELD_EXTENT, FIELD_EXTENT, FIELD_SIZE)
@@ -304,7 +302,7 @@ def distance_field(kind: str) -> np.ndarray:
     return field.astype(np.float32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _field_gradient(kind: str) -> tuple[np.ndarray, np.ndarray]:
     step = 2 * FIELD_EXTENT / (FIELD_SIZE - 1)
     gy, gx = np.gradient(distance_field(kind), step)
@@ -361,12 +359,12 @@ def place(scene: Scene, height: int, width: int, rng: np.random.Generator) -> li
 
 @lru_cache(maxsize=64)
 def _backdrop(background: str, height: int, width: int) -> np.ndarray:
-    """A softly lit studio backdrop, (height, width, 3) float32 in 0–255: bright at the upper left."""
+    """A softly lit studio backdrop, (height, width, 3) float32 in 0–255, brightest upper left."""
     y = (np.arange(height, dtype=np.float32)[:, None] + 0.5) / height
     x = (np.arange(width, dtype=np.float32)[None, :] + 0.5) / width
     light = 1.03 - 0.16 * np.hypot((x - 0.42) * 0.9, y - 0.36) - 0.05 * y
     colour = np.array(BACKGROUNDS[background], np.float32)
-    glow = 130 * np.clip(light - 0.9, 0, 1) ** 1.0  # dark backdrops need light, not only gain
+    glow = 130 * np.clip(light - 0.9, 0, 1)  # dark backdrops need light, not only gain
     glow = glow[..., None] * (1 - colour / 255)
     return np.clip(colour * light[..., None] + glow, 0, 255)
 
