@@ -14,6 +14,7 @@ fetched from elsewhere (no web fonts, no scripts, no analytics) and Gradio's run
 
 from __future__ import annotations
 
+import argparse
 import base64
 import contextlib
 import ctypes
@@ -21,8 +22,10 @@ import gc
 import html
 import io
 import json
+import logging
 import math
 import queue
+import random
 import shutil
 import statistics
 import sys
@@ -34,15 +37,18 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+logger = logging.getLogger(__name__)
 
 # ==============================================================================================
 # Settings: what can be asked for, and what is refused
@@ -341,11 +347,14 @@ class Studio:
         self._preview = None
         self._cleanup()
 
-    def paint(self, settings: Settings, stop: threading.Event | None = None) -> Iterator[Any]:
+    def paint(
+        self, settings: Settings, stop: threading.Event | None = None, *, alone: bool = False
+    ) -> Iterator[Note | Preview | Painted]:
         """Yields a `Note`, a `Preview` after every step and `Painted` at the end.
 
         The pipeline runs in a thread of its own; setting `stop`, or closing the iterator, ends it
-        within one step. A stopped run simply yields no `Painted`.
+        within one step. A stopped run simply yields no `Painted`. `alone` empties the memory
+        before it, so that `Painted.memory_mb` is what this pipeline needs, loading included.
         """
         stop = stop or threading.Event()
         updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -353,7 +362,11 @@ class Studio:
         def work() -> None:
             try:
                 with self._lock:
-                    updates.put(self._run(settings, stop, updates.put))
+                    if alone:
+                        self.unload()
+                    with _MemoryGrowth() as memory:
+                        painted = self._run(settings, stop, updates.put)
+                    updates.put(replace(painted, memory_mb=memory.megabytes))
             except _Stopped:
                 updates.put(None)
             except BaseException as error:  # handed over to the reader's thread
@@ -490,11 +503,32 @@ def _release_memory() -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def save_picture(image: Image.Image, folder: Path, settings: Settings, model: str) -> Path:
+class _MemoryGrowth:
+    """Samples the process's memory: `megabytes` is the peak inside the block above its start."""
+
+    def __enter__(self) -> _MemoryGrowth:
+        self._process = psutil.Process()
+        self._start = self._peak = self._process.memory_info().rss
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.02):
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+    def __exit__(self, *_: Any) -> None:
+        self._over.set()
+        self._thread.join()
+        self.megabytes = (self._peak - self._start) / 1e6
+
+
+def save_picture(image: Image.Image, folder: Path, settings: Settings) -> Path:
     """Writes a PNG that carries the settings it was painted with."""
     info = PngInfo()
     info.add_itxt("Title", settings.prompt[:200])
-    info.add_itxt("Software", f"PixArt with OpenVINO, {model}")
+    info.add_itxt("Software", "PixArt with OpenVINO")
     info.add_itxt("parameters", json.dumps(asdict(settings), ensure_ascii=False))
     path = folder / f"pixart-{settings.seed}-{uuid.uuid4().hex[:12]}.png"
     image.save(path, pnginfo=info)
@@ -515,41 +549,49 @@ def read_settings(path: str | Path) -> Settings:
 # Page: how results look
 # ==============================================================================================
 
+IDLE_HINT = "Your picture appears here, step by step."
+
 
 def _text(value: Any) -> str:
     """Text for HTML: whatever a prompt contains is shown, never interpreted."""
     return html.escape(str(value), quote=True)
 
 
-def _data_uri(image: Image.Image, format: str = "PNG") -> str:
+def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, format=format)
-    encoded = base64.b64encode(buffer.getvalue()).decode("ascii")
-    return f"data:image/{format.lower()};base64,{encoded}"
+    image.save(buffer, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
 
 
 def _file_url(path: Path) -> str:
     return f"gradio_api/file={path.as_posix()}"
 
 
+def _thumbnail(image: Image.Image, size: int = 96) -> str:
+    small = image.copy()
+    small.thumbnail((size, size))
+    return _data_uri(small)
+
+
 def _seconds(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _megabytes(size: float) -> str:
+    return f"{size:.0f} MB" if size < 1_000 else f"{size / 1_000:.1f} GB"
 
 
 def describe(settings: Settings, model: ModelFacts) -> str:
     """One line with the parameters that matter for this picture."""
     height, width = model.sizes[settings.aspect_ratio]
-    parts = [f"seed {settings.seed}", f"{settings.steps} steps"]
+    parts = [settings.precision, f"seed {settings.seed}", f"{settings.steps} steps"]
     if settings.guidance > 1:
         parts.append(f"guidance {settings.guidance:g}")
     parts.append(f"{width} × {height}")
     if settings.style != NO_STYLE:
         parts.append(settings.style)
-    parts.append(settings.precision)
     return " · ".join(parts)
 
 
@@ -558,37 +600,194 @@ def stage(
     alt: str = "",
     *,
     state: str = "idle",
-    headline: str = "",
+    headline: str = "Ready",
     detail: str = "",
     progress: float = 0.0,
-    downloads: Sequence[tuple[str, str]] = (),
+    downloads: Sequence[Path] = (),
 ) -> str:
-    """The picture area: a frame of fixed size, one line of status, one line of details.
+    """The picture area: a frame of fixed size, a progress bar, a line of status, one of details.
 
-    Every state has the same elements in the same places, so that nothing jumps while it streams.
+    Every state has the same elements in the same places: nothing jumps while pictures stream, and
+    as Gradio only changes what differs, pictures do not flicker and screen readers hear changes.
     """
+    count = max(1, len(sources))
+    numbered = [f"{alt} ({i + 1} of {count})" if count > 1 else alt for i in range(count)]
     pictures = "".join(
-        f'<img src="{source}" alt="{_text(alt)}{f", picture {i + 1}" if len(sources) > 1 else ""}">'
-        for i, source in enumerate(sources)
+        f'<img src="{source}" alt="{_text(label)}">'
+        for source, label in zip(sources, numbered, strict=False)
     )
-    if not sources:
-        pictures = '<p class="hint">Your picture appears here, step by step.</p>'
     links = "".join(
-        f'<a href="{url}" download="{_text(name)}">Save PNG</a>' for url, name in downloads
+        f'<a href="{_file_url(path)}" download="{_text(path.name)}">Save PNG{number}</a>'
+        for path, number in zip(
+            downloads, [""] if count == 1 else [f" {i + 1}" for i in range(count)], strict=False
+        )
     )
+    percent = round(100 * progress)
     return (
         f'<div class="stage {state}">'
-        f'<div class="frame count-{max(1, len(sources))}">{pictures}</div>'
-        f'<div class="bar"><span style="width: {100 * progress:.1f}%"></span></div>'
-        f'<p class="headline" role="status" aria-live="polite">{_text(headline) or "&nbsp;"}</p>'
-        f'<p class="detail">{_text(detail) or "&nbsp;"}<span class="links">{links}</span></p>'
+        f'<div class="frame pictures-{count}">{pictures or f"<p>{_text(IDLE_HINT)}</p>"}</div>'
+        f'<div class="bar" role="progressbar" aria-label="Denoising" aria-valuemin="0" '
+        f'aria-valuemax="100" aria-valuenow="{percent}"><i style="width: {percent}%"></i></div>'
+        f'<p class="headline">{_text(headline)}</p>'
+        f'<p class="detail"><span>{_text(detail)}</span><span class="links">{links}</span></p>'
         "</div>"
+    )
+
+
+def history_strip(history: Sequence[dict[str, Any]], shown: int | None = None) -> str:
+    """Thumbnails of this visit, newest first; each is a button that brings its picture back."""
+    if not history:
+        return '<p class="empty">Nothing yet: what you paint stays here until you leave.</p>'
+    items = []
+    for index, entry in reversed(list(enumerate(history))):
+        label = f"Picture {index + 1}: {entry['settings']['prompt'][:120]}, {entry['line']}"
+        items.append(
+            f'<li><button type="button" data-index="{index}" title="{_text(label)}" '
+            f'aria-label="{_text(label)}" aria-pressed="{str(index == shown).lower()}">'
+            f'<img src="{entry["thumbnail"]}" alt=""></button></li>'
+        )
+    return f'<ul class="strip">{"".join(items)}</ul>'
+
+
+def facts_card(
+    label: str, model: ModelFacts, *, status: str, preview: str = "", painted: Painted | None = None
+) -> str:
+    """What one precision took, beside its picture in the comparison."""
+    rows = {"On disk": _megabytes(model.size_mb), "Picture": "–", "One step": "–", "Memory": "–"}
+    if painted is not None:
+        rows["Picture"] = f"{painted.seconds:.2f} s"
+        rows["One step"] = f"{painted.step_ms:.0f} ms"
+        rows["Memory"] = _megabytes(painted.memory_mb)
+    table = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in rows.items())
+    picture = f'<img src="{preview}" alt="">' if preview else ""
+    return (
+        f'<section class="card"><div class="peek">{picture}</div><div>'
+        f"<h3>{_text(label)}</h3><p>{_text(status)}</p></div><dl>{table}</dl></section>"
+    )
+
+
+HEADER = """
+<header class="page-header">
+  <h1>PixArt with OpenVINO</h1>
+  <p>Type a scene, watch it form step by step, compare precisions on the same seed.
+  Everything runs on this machine.</p>
+</header>
+"""
+
+CSS = """
+.gradio-container { max-width: 1160px !important; margin: 0 auto !important; }
+.page-header h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
+.page-header p { color: var(--body-text-color-subdued); margin: 0.15rem 0 0; }
+
+.stage .frame {
+  display: grid; place-items: center; gap: 6px; width: 100%; aspect-ratio: 1;
+  max-height: min(70vh, 34rem); margin: 0 auto; padding: 6px; box-sizing: border-box;
+  border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
+  background: var(--background-fill-secondary); overflow: hidden;
+}
+.stage .frame img {
+  width: 100%; height: 100%; min-width: 0; min-height: 0; object-fit: contain;
+  border-radius: calc(var(--radius-lg) - 4px);
+}
+.stage .frame p { color: var(--body-text-color-subdued); margin: 0; padding: 1rem; }
+.stage .pictures-2 { grid-template: 1fr / 1fr 1fr; }
+.stage .pictures-3, .stage .pictures-4 { grid-template: 1fr 1fr / 1fr 1fr; }
+.stage .bar {
+  height: 4px; margin: 10px 0 6px; border-radius: 2px; overflow: hidden;
+  background: var(--border-color-primary);
+}
+.stage .bar i { display: block; height: 100%; background: var(--color-accent); }
+.stage .headline { min-height: 1.5em; margin: 0; font-weight: 600; color: var(--body-text-color); }
+.stage.error .headline { color: var(--error-text-color); }
+.stage .detail {
+  display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem;
+  min-height: 1.5em; margin: 0; color: var(--body-text-color-subdued); font-size: 0.9rem;
+}
+.stage .links { display: flex; gap: 0.9rem; }
+.stage .links a { color: var(--link-text-color); text-decoration: underline; }
+
+.note { margin: 0; min-height: 1.3em; font-size: 0.875rem; color: var(--body-text-color-subdued); }
+.empty { margin: 0; color: var(--body-text-color-subdued); }
+.strip {
+  display: flex; gap: 8px; margin: 0; padding: 4px; list-style: none; overflow-x: auto;
+  min-height: 84px;
+}
+.strip li { flex: none; margin: 0; }
+.strip button {
+  display: block; width: 72px; height: 72px; padding: 0; cursor: pointer; overflow: hidden;
+  border: 1px solid var(--border-color-primary); border-radius: var(--radius-md);
+  background: var(--background-fill-secondary);
+}
+.strip img { width: 100%; height: 100%; object-fit: cover; display: block; }
+.strip button[aria-pressed="true"] {
+  outline: 2px solid var(--color-accent); outline-offset: 1px;
+}
+.card {
+  display: grid; grid-template-columns: 72px 1fr; gap: 4px 12px; align-items: center; padding: 12px;
+  border: 1px solid var(--border-color-primary); border-radius: var(--radius-lg);
+  background: var(--background-fill-secondary);
+}
+.card .peek {
+  width: 72px; height: 72px; border-radius: var(--radius-md); overflow: hidden;
+  background: var(--border-color-primary);
+}
+.card .peek img { width: 100%; height: 100%; object-fit: cover; display: block; }
+.card h3 { margin: 0; font-size: 1rem; font-weight: 650; }
+.card p { margin: 0; min-height: 1.4em; color: var(--body-text-color-subdued); }
+.card dl {
+  grid-column: 1 / -1; display: grid; grid-template-columns: 1fr 1fr; gap: 2px 16px;
+  margin: 6px 0 0;
+}
+.card dl div { display: flex; justify-content: space-between; gap: 8px; }
+.card dt { color: var(--body-text-color-subdued); font-size: 0.875rem; }
+.card dd { margin: 0; font-variant-numeric: tabular-nums; font-size: 0.875rem; }
+:focus-visible { outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
+@media (max-width: 640px) {
+  .gradio-container { padding: 12px !important; }
+  .stage .frame { max-height: none; }
+}
+@media (prefers-reduced-motion: no-preference) { .stage .bar i { transition: width 0.15s; } }
+"""
+
+STRIP_JS = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button[data-index]');
+  if (button) trigger('select', {index: Number(button.dataset.index)});
+});
+"""
+
+
+def _theme() -> gr.themes.Base:
+    """Quiet, with the system's own fonts: nothing is fetched, and it looks the same offline."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.teal,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        font=("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"),
+        font_mono=("ui-monospace", "SFMono-Regular", "Consolas", "monospace"),
+    ).set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_300",
+        button_primary_background_fill_hover_dark="*primary_200",
+        button_primary_text_color="white",
+        button_primary_text_color_dark="*neutral_950",
+        color_accent="*primary_700",
+        link_text_color="*primary_700",
+        link_text_color_dark="*primary_300",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
     )
 
 
 # ==============================================================================================
 # Demo: controls and what they do
 # ==============================================================================================
+
+FIELDS = tuple(f.name for f in fields(Settings))
+QUEUE = {"concurrency_id": "paint", "concurrency_limit": 1}  # one generation at a time
 
 
 class Demo(gr.Blocks):
@@ -612,46 +811,609 @@ def make_demo(pipelines: dict[str, Path], *, default: str | None = None) -> gr.B
     default = next(iter(folders)) if default is None else default
     if default not in folders:
         raise ValueError(f"default={default!r} is not one of the labels {list(folders)}.")
-    missing = [str(f) for f in folders.values() if not (f / "model_index.json").is_file()]
+    missing = [label for label, f in folders.items() if not (f / "model_index.json").is_file()]
     if missing:
-        raise FileNotFoundError(f"No converted pipeline in {', '.join(missing)}.")
-    studio = Studio(folders)
+        raise FileNotFoundError(f"No converted pipeline in {pipelines[missing[0]]}.")
     with Demo(title="PixArt with OpenVINO", analytics_enabled=False) as demo:
-        demo.studio = studio
-        _build_page(studio, default)
+        demo.studio = Studio(folders)
+        _Page(demo, default)
     return demo
 
 
-def _build_page(studio: Studio, default: str) -> None:
-    model = studio.facts[default]
-    gr.Markdown("# PixArt with OpenVINO")
-    prompt = gr.Textbox(model.examples[0], label="Prompt", lines=2)
-    precision = gr.Radio(list(studio.folders), value=default, label="Precision")
-    seed = gr.Number(7, label="Seed", precision=0)
-    button = gr.Button("Generate", variant="primary")
-    picture = gr.HTML(stage(), apply_default_css=False)
+@dataclass
+class _Job:
+    """One run of one browser tab: how to stop it, and what it showed last."""
 
-    def generate(prompt: str, precision: str, seed: int) -> Iterator[str]:
-        facts = studio.facts[precision]
-        settings = Settings(
-            prompt, seed=seed, steps=facts.steps, guidance=facts.guidance, precision=precision
+    stop: threading.Event = field(default_factory=threading.Event)
+    done: threading.Event = field(default_factory=threading.Event)
+    shown: dict[Any, Any] = field(default_factory=dict)  # component → what it shows
+
+    def show(self, values: dict[Any, Any]) -> dict[Any, Any]:
+        self.shown |= values
+        return values
+
+
+class _Page:
+    """Builds the controls and wires them; no state of its own but the runs in progress."""
+
+    def __init__(self, demo: Demo, default: str) -> None:
+        self.studio = demo.studio
+        self.jobs: dict[str | None, _Job] = {}  # a browser tab's session → its run
+        self.controls: dict[str, Any] = {}
+        gr.HTML(HEADER, apply_default_css=False)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=5, min_width=320):
+                self._build_controls(default)
+            with gr.Column(scale=6, min_width=320):
+                self._build_results(default)
+        self._wire(demo)
+        self._build_api(default)
+
+    # -- layout --------------------------------------------------------------------------------
+
+    def _build_controls(self, default: str) -> None:
+        model = self.studio.facts[default]
+        c = self.controls
+        c["prompt"] = gr.Textbox(
+            model.examples[0],
+            label="Prompt",
+            lines=2,
+            max_lines=6,
+            placeholder="What would you like to see?",
+            elem_id="prompt",
         )
-        for update in studio.paint(settings):
-            if isinstance(update, Preview):
-                yield stage(
-                    [_data_uri(i) for i in update.images],
-                    prompt,
-                    state="working",
-                    headline=f"Step {update.step} of {update.steps}",
-                    progress=update.step / update.steps,
-                )
-            elif isinstance(update, Painted):
-                path = save_picture(update.images[0], studio.output, settings, precision)
-                yield stage([_file_url(path)], prompt, state="done", headline="Done")
+        self.note = gr.HTML('<p class="note"></p>', apply_default_css=False, elem_id="prompt-note")
+        gr.Examples(
+            [[e] for e in model.examples],
+            inputs=[c["prompt"]],
+            label="Try one of these",
+            elem_id="examples",
+            api_visibility="private",
+            preload=False,
+        )
+        with gr.Row():
+            self.go = gr.Button("Generate", variant="primary", elem_id="generate")
+            self.stop = gr.Button("Stop", interactive=False, elem_id="stop")
+        with gr.Row():
+            c["precision"] = gr.Dropdown(
+                list(self.studio.folders), value=default, label="Precision", elem_id="precision"
+            )
+            c["aspect_ratio"] = gr.Dropdown(
+                list(model.sizes), value="1:1", label="Aspect ratio", elem_id="aspect-ratio"
+            )
+        with gr.Row():
+            c["seed"] = gr.Number(
+                7,
+                label="Seed",
+                precision=0,
+                info="The same seed, the same picture.",
+                elem_id="seed",
+            )
+            self.randomise = gr.Checkbox(
+                False, label="New seed each time", elem_id="randomise", min_width=120
+            )
+        with gr.Accordion("More settings", open=False, elem_id="more"):
+            self._build_more(model)
 
-    button.click(
-        generate, [prompt, precision, seed], picture, concurrency_limit=1, api_name="generate"
+    def _build_more(self, model: ModelFacts) -> None:
+        c = self.controls
+        c["steps"] = gr.Slider(
+            model.min_steps, MAX_STEPS, model.steps, step=1, label="Steps", elem_id="steps"
+        )
+        c["guidance"] = gr.Slider(
+            0, MAX_GUIDANCE, step=0.1, elem_id="guidance", **_guidance_looks(model)
+        )
+        c["negative_prompt"] = gr.Textbox(
+            "", lines=1, elem_id="negative-prompt", **_negative_looks(model.guidance)
+        )
+        c["style"] = gr.Dropdown(list(model.styles), value=NO_STYLE, label="Style", elem_id="style")
+        c["pictures"] = gr.Slider(
+            1, MAX_PICTURES, 1, step=1, label="Number of pictures", elem_id="pictures"
+        )
+        for name in ("steps", "guidance", "pictures"):
+            c[name].preprocess = _as_is  # `problems` refuses with a message next to the control
+
+    def _build_results(self, default: str) -> None:
+        self.history = gr.State([])
+        self.shown = gr.State(None)  # index in the history of the picture on the stage
+        with gr.Tabs():
+            with gr.Tab("Picture", id="picture"):
+                self.stage = gr.HTML(stage(), apply_default_css=False, elem_id="stage")
+            with gr.Tab("Compare", id="compare"):
+                self._build_compare(default)
+        gr.HTML("<h2>This visit</h2>", apply_default_css=False)
+        self.strip = gr.HTML(
+            history_strip([]), apply_default_css=False, js_on_load=STRIP_JS, elem_id="history"
+        )
+        self.reuse = gr.Button(
+            "Reuse these settings", size="sm", interactive=False, elem_id="reuse"
+        )
+
+    def _build_compare(self, default: str) -> None:
+        labels = list(self.studio.folders)
+        other = next((label for label in labels if label != default), default)
+        with gr.Row():
+            self.left = gr.Dropdown(labels, value=default, label="Left", elem_id="left")
+            self.right = gr.Dropdown(labels, value=other, label="Right", elem_id="right")
+        alone = len(labels) < 2
+        self.compare = gr.Button(
+            "Compare needs two precisions" if alone else "Compare on the same seed",
+            variant="primary",
+            interactive=not alone,
+            elem_id="compare-go",
+        )
+        self.slider = gr.ImageSlider(
+            format="png",
+            type="pil",
+            height=440,
+            max_height=440,
+            show_label=False,
+            interactive=False,
+            label="Comparison",
+            elem_id="compare-slider",
+        )
+        self.divider = gr.Slider(
+            0, 100, 50, step=1, label="Divider", elem_id="divider", interactive=True
+        )
+        with gr.Row():
+            self.cards = [
+                gr.HTML(
+                    facts_card(label, self.studio.facts[label], status="Not painted yet"),
+                    apply_default_css=False,
+                    elem_id=f"card-{side}",
+                )
+                for side, label in (("left", default), ("right", other))
+            ]
+
+    # -- wiring --------------------------------------------------------------------------------
+
+    def _wire(self, demo: Demo) -> None:
+        c = self.controls
+        inputs = [c[name] for name in FIELDS]
+        private = {"api_visibility": "private"}
+        hidden = {"show_progress": "hidden", **private}
+        outputs = [
+            self.stage,
+            self.note,
+            self.slider,
+            *self.cards,
+            self.history,
+            self.strip,
+            self.shown,
+            self.reuse,
+            self.go,
+            self.stop,
+            self.compare,
+        ]
+        asked = gr.on(
+            [self.go.click, c["prompt"].submit],
+            self._prepare,
+            [*inputs, self.randomise],
+            [c["seed"], *outputs],
+            validator=self._validate,
+            concurrency_limit=None,
+            **hidden,
+        )
+        painting = asked.success(
+            self._generate,
+            [*inputs, self.history],
+            outputs,
+            show_progress="full",
+            show_progress_on=[self.stage],
+            **QUEUE,
+            **private,
+        )
+        compared = self.compare.click(
+            self._prepare_compare,
+            [*inputs, self.randomise, self.left, self.right],
+            [c["seed"], *outputs],
+            validator=self._validate_compare,
+            concurrency_limit=None,
+            **hidden,
+        )
+        comparing = compared.success(
+            self._compare,
+            [*inputs, self.left, self.right, self.history],
+            outputs,
+            show_progress="full",
+            show_progress_on=[self.slider],
+            **QUEUE,
+            **private,
+        )
+        self.stop.click(
+            self._stop, None, outputs, cancels=[painting, comparing], queue=False, **hidden
+        )
+        self.strip.select(
+            self._show,
+            [self.history],
+            [self.stage, self.strip, self.shown, self.reuse],
+            queue=False,
+            **hidden,
+        )
+        self.reuse.click(
+            self._reuse,
+            [self.history, self.shown],
+            [*inputs, self.randomise],
+            queue=False,
+            **hidden,
+        )
+        self.divider.input(
+            lambda position: gr.update(slider_position=position),
+            self.divider,
+            self.slider,
+            queue=False,
+            **hidden,
+        )
+        c["precision"].change(
+            self._precision_changed,
+            [c["precision"]],
+            [c["steps"], c["guidance"], c["negative_prompt"], c["style"], c["aspect_ratio"]],
+            queue=False,
+            **hidden,
+        )
+        c["guidance"].change(
+            lambda value: gr.update(**_negative_looks(value)),
+            c["guidance"],
+            c["negative_prompt"],
+            queue=False,
+            **hidden,
+        )
+        self.randomise.change(
+            lambda on: gr.update(**_seed_looks(on)),
+            self.randomise,
+            c["seed"],
+            queue=False,
+            **hidden,
+        )
+        demo.unload(self._leave)
+
+    # -- what a click does ---------------------------------------------------------------------
+
+    def _validate(self, *values: Any) -> list[dict[str, Any]]:
+        """Runs before anything is queued; Gradio shows each message next to its control."""
+        *chosen, randomise = values
+        found = problems(Settings(*chosen), self.studio.facts)
+        if randomise:
+            found.pop("seed", None)
+        return [_verdict(found.get(name)) for name in FIELDS] + [_verdict(None)]
+
+    def _validate_compare(self, *values: Any) -> list[dict[str, Any]]:
+        *chosen, left, right = values
+        message = "Choose two different precisions." if left == right else None
+        return [*self._validate(*chosen), _verdict(None), _verdict(message)]
+
+    def _prepare(self, *values: Any) -> dict[Any, Any]:
+        """Draws the seed if asked to and says that the request waits for its turn."""
+        *chosen, randomise = values
+        seed = random.randint(0, MAX_SEED) if randomise else int(chosen[FIELDS.index("seed")])
+        waiting = stage(state="waiting", headline="Waiting for its turn")
+        return {self.controls["seed"]: seed, self.stage: waiting, **self._busy(True)}
+
+    def _prepare_compare(self, *values: Any) -> dict[Any, Any]:
+        *chosen, left, right = values
+        cards = {
+            card: facts_card(label, self.studio.facts[label], status="Waiting for its turn")
+            for card, label in zip(self.cards, (left, right), strict=True)
+        }
+        return {**self._prepare(*chosen), self.stage: gr.skip(), **cards}
+
+    def _busy(self, busy: bool) -> dict[Any, Any]:
+        return {
+            self.go: gr.update(interactive=not busy),
+            self.compare: gr.update(interactive=not busy and len(self.studio.folders) > 1),
+            self.stop: gr.update(interactive=busy),
+        }
+
+    def _generate(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        *chosen, history = values
+        settings = _tidy(Settings(*chosen))
+        job = self._begin(request)
+        last = update = None
+        try:
+            for update in self.studio.paint(settings, job.stop):
+                last = update if isinstance(update, Preview) else last
+                shown = self._painting(update, settings, history)
+                yield job.show(shown)
+            if not isinstance(update, Painted):
+                yield job.show(self._stopped(last, settings))
+        except Exception as error:
+            logger.exception("Painting failed.")
+            failed = stage(state="error", headline=_reason(error))
+            yield job.show({self.stage: failed, **self._busy(False)})
+        finally:
+            self._end(request, job)
+
+    def _painting(self, update: Any, settings: Settings, history: list) -> dict[Any, Any]:
+        """What the page shows after one `update` of the studio."""
+        line = describe(settings, self.studio.facts[settings.precision])
+        look = {"alt": settings.prompt, "detail": line}
+        if isinstance(update, Note):
+            started = stage(state="working", headline="Reading the prompt", detail=line)
+            return {self.stage: started, self.note: _note(update.notes)}
+        if isinstance(update, Preview):
+            headline = f"Step {update.step} of {update.steps}"
+            if update.step < update.steps:
+                headline += f" · {_seconds(update.seconds_left)} left"
+            sources = [_data_uri(image) for image in update.images]
+            progress = update.step / update.steps
+            shown = stage(sources, state="working", headline=headline, progress=progress, **look)
+            return {self.stage: shown}
+        history, paths = self._remember(history, settings, update)
+        shown = stage(
+            [_file_url(path) for path in paths],
+            state="done",
+            headline=f"Done in {_seconds(update.seconds)}",
+            progress=1,
+            downloads=paths,
+            **look,
+        )
+        return {self.stage: shown, **self._history_shows(history, len(history) - 1)}
+
+    def _stopped(self, last: Preview | None, settings: Settings) -> dict[Any, Any]:
+        """Keeps the last preview on the page."""
+        if last is None:
+            shown = stage(headline="Stopped before the first step")
+        else:
+            shown = stage(
+                [_data_uri(image) for image in last.images],
+                settings.prompt,
+                state="stopped",
+                headline=f"Stopped after step {last.step} of {last.steps}",
+                detail=describe(settings, self.studio.facts[settings.precision]),
+                progress=last.step / last.steps,
+            )
+        return {self.stage: shown, **self._busy(False)}
+
+    def _remember(
+        self, history: list, settings: Settings, painted: Painted
+    ) -> tuple[list, list[Path]]:
+        """Saves the pictures and adds them to this visit; the oldest make room."""
+        paths = []
+        for i, image in enumerate(painted.images):
+            own = replace(settings, seed=(settings.seed + i) % (MAX_SEED + 1), pictures=1)
+            paths.append(save_picture(image, self.studio.output, own))
+            entry = {
+                "path": str(paths[-1]),
+                "thumbnail": _thumbnail(image),
+                "settings": asdict(own),
+                "line": describe(own, self.studio.facts[own.precision]),
+            }
+            history = [*history, entry]
+        for gone in history[:-HISTORY_LENGTH]:
+            Path(gone["path"]).unlink(missing_ok=True)
+        return history[-HISTORY_LENGTH:], paths
+
+    def _history_shows(self, history: list, index: int) -> dict[Any, Any]:
+        return {
+            self.history: history,
+            self.shown: index,
+            self.strip: history_strip(history, index),
+            self.reuse: gr.update(interactive=True),
+            **self._busy(False),
+        }
+
+    def _compare(self, request: gr.Request, *values: Any) -> Iterator[dict[Any, Any]]:
+        *chosen, left, right, history = values
+        settings = replace(_tidy(Settings(*chosen)), pictures=1)
+        job = self._begin(request)
+        paths: list[Path] = []
+        try:
+            for card, label in zip(self.cards, (left, right), strict=True):
+                own = self._for_precision(settings, label)
+                for update in self.studio.paint(own, job.stop, alone=True):
+                    yield job.show({card: self._comparing(update, label)})
+                    if isinstance(update, Painted):
+                        history, saved = self._remember(history, own, update)
+                        paths += saved
+                if job.stop.is_set():
+                    yield job.show({card: self._card(label, "Stopped"), **self._busy(False)})
+                    return
+            shown = {self.slider: gr.update(value=(str(paths[0]), str(paths[1])))}
+            yield job.show({**self._history_shows(history, len(history) - 1), **shown})
+        except Exception as error:
+            logger.exception("Comparing failed.")
+            yield job.show({card: self._card(label, _reason(error)), **self._busy(False)})
+        finally:
+            self._end(request, job)
+
+    def _comparing(self, update: Any, label: str) -> str:
+        if isinstance(update, Note):
+            return self._card(label, "Reading the prompt")
+        if isinstance(update, Preview):
+            status = f"Step {update.step} of {update.steps}"
+            return self._card(label, status, preview=_data_uri(update.images[0]))
+        preview = _thumbnail(update.images[0])
+        return self._card(label, "Done", preview=preview, painted=update)
+
+    def _card(self, label: str, status: str, **content: Any) -> str:
+        return facts_card(label, self.studio.facts[label], status=status, **content)
+
+    def _for_precision(self, settings: Settings, label: str) -> Settings:
+        """The same request for another model; a distilled one keeps its own steps and guidance."""
+        asked, model = self.studio.facts[settings.precision], self.studio.facts[label]
+        if asked.few_step != model.few_step:
+            settings = replace(settings, steps=model.steps, guidance=model.guidance)
+        return replace(settings, precision=label)
+
+    # -- runs: begin, end, stop ----------------------------------------------------------------
+
+    def _begin(self, request: gr.Request) -> _Job:
+        job = self.jobs[request.session_hash] = _Job()
+        return job
+
+    def _end(self, request: gr.Request, job: _Job) -> None:
+        self.jobs.pop(request.session_hash, None)
+        job.done.set()
+
+    def _stop(self, request: gr.Request) -> dict[Any, Any]:
+        """Ends this tab's run within one step and keeps what is on the page."""
+        job = self.jobs.get(request.session_hash)
+        if job is None:  # still in the queue: Gradio has taken it out
+            left = stage(headline="Taken out of the queue before it began")
+            return {self.stage: left, **self._busy(False)}
+        job.stop.set()
+        job.done.wait()
+        return {**job.shown, **self._busy(False)}
+
+    def _leave(self, request: gr.Request) -> None:
+        """The tab was closed or reloaded: nobody waits for its run any more."""
+        job = self.jobs.get(request.session_hash)
+        if job is not None:
+            job.stop.set()
+
+    # -- history, and controls that depend on others -------------------------------------------
+
+    def _show(self, request: gr.Request, history: list, event: gr.EventData) -> Any:
+        index = event.index
+        if request.session_hash in self.jobs or not 0 <= index < len(history):
+            return [gr.skip()] * 4  # the stage is in use
+        entry = history[index]
+        path = Path(entry["path"])
+        shown = stage(
+            [_file_url(path)],
+            entry["settings"]["prompt"],
+            state="done",
+            headline=f"Picture {index + 1} of this visit",
+            detail=entry["line"],
+            progress=1,
+            downloads=[path],
+        )
+        return shown, history_strip(history, index), index, gr.update(interactive=True)
+
+    def _reuse(self, history: list, shown: int | None) -> list[Any]:
+        if shown is None or not 0 <= shown < len(history):
+            return [gr.skip()] * (len(FIELDS) + 1)
+        return [*history[shown]["settings"].values(), False]
+
+    def _precision_changed(self, label: str) -> list[Any]:
+        model = self.studio.facts[label]
+        return [
+            gr.update(value=model.steps, minimum=model.min_steps),
+            gr.update(value=model.guidance, **_guidance_looks(model)),
+            gr.update(**_negative_looks(model.guidance)),
+            gr.update(choices=list(model.styles)),
+            gr.update(choices=list(model.sizes)),
+        ]
+
+    # -- programs ------------------------------------------------------------------------------
+
+    def _build_api(self, default: str) -> None:
+        """`/generate` for `gradio_client`: and its own inputs, which do not move with the page."""
+        boxes = {
+            "prompt": gr.Textbox(visible=False, label="prompt"),
+            "negative_prompt": gr.Textbox("", visible=False, label="negative_prompt"),
+            "style": gr.Textbox(NO_STYLE, visible=False, label="style"),
+            "seed": gr.Number(0, visible=False, label="seed"),
+            "steps": gr.Number(None, visible=False, label="steps"),
+            "guidance": gr.Number(None, visible=False, label="guidance"),
+            "pictures": gr.Number(1, visible=False, label="pictures"),
+            "aspect_ratio": gr.Textbox("1:1", visible=False, label="aspect_ratio"),
+            "precision": gr.Textbox(default, visible=False, label="precision"),
+        }
+        gr.Button(visible=False).click(
+            self._api,
+            [boxes[name] for name in FIELDS],
+            [
+                gr.File(visible=False, file_count="multiple", label="pictures"),
+                gr.JSON(visible=False, label="details"),
+            ],
+            api_name="generate",
+            **QUEUE,
+        )
+
+    def _api(
+        self,
+        prompt: str,
+        negative_prompt: str = "",
+        style: str = NO_STYLE,
+        seed: int = 0,
+        steps: int | None = None,
+        guidance: float | None = None,
+        pictures: int = 1,
+        aspect_ratio: str = "1:1",
+        precision: str = "",
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Paints and returns the PNG files and a dictionary with settings, seconds and notes.
+
+        Steps and guidance default to the model's own.
+        """
+        model = self.studio.facts.get(precision)
+        if model is not None:
+            steps = model.steps if steps is None else steps
+            guidance = model.guidance if guidance is None else guidance
+        settings = Settings(
+            prompt, negative_prompt, style, seed, steps, guidance, pictures, aspect_ratio, precision
+        )
+        if found := problems(settings, self.studio.facts):
+            message = " ".join(f"{name}: {text}" for name, text in found.items())
+            raise gr.Error(message, print_exception=False)
+        settings = _tidy(settings)
+        try:
+            *_, painted = self.studio.paint(settings)
+        except Exception as error:
+            logger.exception("Painting failed.")
+            raise gr.Error(_reason(error), print_exception=False) from error
+        _, paths = self._remember([], settings, painted)
+        details = asdict(settings) | {"seconds": round(painted.seconds, 3), "notes": painted.notes}
+        return [str(path) for path in paths], details
+
+
+def _verdict(message: str | None) -> dict[str, Any]:
+    return gr.validate(message is None, message or "")
+
+
+def _tidy(settings: Settings) -> Settings:
+    """Whole numbers as `int`, whatever the page or a program sent."""
+    return replace(
+        settings,
+        prompt=settings.prompt.strip(),
+        negative_prompt=(settings.negative_prompt or "").strip(),
+        seed=int(settings.seed),
+        steps=int(settings.steps),
+        guidance=float(settings.guidance),
+        pictures=int(settings.pictures),
     )
+
+
+def _as_is(payload: Any) -> Any:
+    return payload
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"That did not work: {text[0] if text else type(error).__name__}"
+
+
+def _note(notes: Sequence[str]) -> str:
+    return f'<p class="note" role="status">{_text(" ".join(notes))}</p>'
+
+
+def _guidance_looks(model: ModelFacts) -> dict[str, Any]:
+    why = "Has no effect: this model was distilled with guidance built in."
+    return {
+        "value": model.guidance,
+        "label": "Guidance",
+        "info": why if model.few_step else "How closely to follow the prompt; 1 and below is off.",
+        "interactive": not model.few_step,
+    }
+
+
+def _negative_looks(guidance: float | None) -> dict[str, Any]:
+    guided = (guidance or 0) > 1
+    return {
+        "label": "Negative prompt",
+        "info": "What to keep out." if guided else "Has no effect: needs a guidance above 1.",
+        "interactive": guided,
+    }
+
+
+def _seed_looks(randomise: bool) -> dict[str, Any]:
+    return {
+        "info": "Drawn anew for every picture."
+        if randomise
+        else "The same seed, the same picture.",
+        "interactive": not randomise,
+    }
 
 
 # ==============================================================================================
@@ -664,14 +1426,15 @@ _running: weakref.ref[gr.Blocks] | None = None
 def launch_demo(demo: gr.Blocks, *, port: int | None = None, **launch_kwargs: Any) -> Any:
     """Serves the page on the loopback address and returns at once; `demo.close()` ends it.
 
-    A demo that was launched before is closed first, so a cell can be run again. `port`: a fixed
-    port (default: the first free one from 7860). Other arguments go to Gradio's `launch`.
+    A demo launched earlier is closed first, so its cell can be run again. `port`: a fixed port
+    (default: the first free one from 7860). Other arguments go to Gradio's `launch`, whose result
+    `(app, local address, public address)` is returned.
     """
     global _running
     previous = _running() if _running is not None else None
-    if previous is not None:
+    if previous is not None and previous.is_running:
         previous.close(verbose=False)
-    options = {
+    options: dict[str, Any] = {
         "server_name": "127.0.0.1",
         "server_port": port,
         "share": False,
@@ -679,12 +1442,53 @@ def launch_demo(demo: gr.Blocks, *, port: int | None = None, **launch_kwargs: An
         "quiet": True,
         "show_error": True,
         "run_history": False,
+        "enable_monitoring": False,
         "footer_links": [],
         "ssr_mode": False,
-        "enable_monitoring": False,
-        "allowed_paths": [str(demo.studio.output)] if isinstance(demo, Demo) else None,
+        "height": 900,
+        "theme": _theme(),
+        "css": CSS,
     }
+    if isinstance(demo, Demo):
+        options["allowed_paths"] = [str(demo.studio.output)]
     launched = demo.launch(**(options | launch_kwargs))
     _running = weakref.ref(demo)
     print(f"The demo is at {demo.local_url}")
     return launched
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Converts the embedded checkpoint if that is still to do, and serves the page until Ctrl+C."""
+    here = Path(__file__).resolve().parent
+    parser = argparse.ArgumentParser(description="Serve the PixArt demo on this machine.")
+    parser.add_argument("--model", default=here / "assets" / "pixart-tiny", help="hub id or folder")
+    parser.add_argument("--models", default=here / "models", type=Path, help="converted models")
+    parser.add_argument("--port", type=int, help="default: the first free one from 7860")
+    options = parser.parse_args(arguments)
+    demo = make_demo(_converted(str(options.model), options.models))
+    launch_demo(demo, port=options.port)
+    print("Press Ctrl+C to stop.")
+    with contextlib.suppress(KeyboardInterrupt):
+        demo.block_thread()
+    demo.close()
+
+
+def _converted(model: str, folder: Path) -> dict[str, Path]:
+    """Every converted form of `model` in `folder`, and FP16 and INT8 weights in any case."""
+    from ov_pixart_helper import convert_pipeline
+
+    name = Path(model).name
+    pipelines = {
+        weights.upper(): convert_pipeline(
+            model, folder / f"{name}-{weights}", weight_format=weights
+        )
+        for weights in ("fp16", "int8")
+    }
+    for path in sorted(folder.glob(f"{name}-*")):
+        if path not in pipelines.values() and (path / "model_index.json").is_file():
+            pipelines[path.name.removeprefix(f"{name}-").upper()] = path
+    return pipelines
+
+
+if __name__ == "__main__":
+    main()
