@@ -48,6 +48,8 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from ov_pixart_helper import OVDiffusionPipeline, convert_pipeline, default_settings
+
 logger = logging.getLogger(__name__)
 
 # ==============================================================================================
@@ -196,27 +198,24 @@ def styled_prompt(settings: Settings, model: ModelFacts) -> str:
 
 
 def read_model_facts(folder: Path) -> ModelFacts:
-    """Reads steps, guidance, sizes and token limit of a converted pipeline without loading it."""
+    """Reads what the page must know of a converted pipeline, without loading it."""
+    defaults = default_settings(folder)
     transformer = _read_json(folder / "transformer" / "config.json")
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     text_encoder = _read_json(folder / "text_encoder" / "config.json")
-    vae = _read_json(folder / "vae_decoder" / "config.json")
-    index = _read_json(folder / "model_index.json")
-    few_step = "LCM" in scheduler.get("_class_name", "")
-    scale = 2 ** (len(vae.get("block_out_channels", (0,) * 4)) - 1)
+    few_step = defaults.num_inference_steps < 10
     return ModelFacts(
-        steps=4 if few_step else 20,
-        guidance=0.0 if few_step else 4.5,
-        max_tokens=300 if "Sigma" in index.get("_class_name", "") else 120,
-        sizes=picture_sizes(transformer.get("sample_size", 32), scale),
+        steps=defaults.num_inference_steps,
+        guidance=defaults.guidance_scale,
+        max_tokens=defaults.max_sequence_length,
+        sizes=picture_sizes(transformer.get("sample_size"), (defaults.height, defaults.width)),
         few_step=few_step,
-        min_steps=1 if few_step else 2,  # DPM-Solver++ in diffusers needs two
-        knows_scenes=text_encoder.get("vocab_size", 32_128) < 1_000,
+        min_steps=1 if few_step else 2,  # diffusers' PixArt cannot do one step of DPM-Solver++
+        knows_scenes=text_encoder.get("vocab_size", 32_128) < 2_000,
         size_mb=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6,
     )
 
 
-def picture_sizes(sample_size: int, scale: int = 8) -> dict[str, tuple[int, int]]:
+def picture_sizes(sample_size: int | None, native: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """Maps aspect ratios by name to the nearest (height, width) the model was trained on."""
     from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha as alpha
     from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma as sigma
@@ -228,7 +227,7 @@ def picture_sizes(sample_size: int, scale: int = 8) -> dict[str, tuple[int, int]
         256: sigma.ASPECT_RATIO_2048_BIN,
     }.get(sample_size)
     if bins is None:  # a model without aspect bins paints its native square
-        return {"1:1": (sample_size * scale, sample_size * scale)}
+        return {"1:1": native}
     sizes = {}
     for name, ratio in ASPECT_RATIOS.items():
         height, width = min(bins.values(), key=lambda hw: abs(math.log(hw[1] / hw[0] / ratio)))
@@ -357,6 +356,7 @@ class Studio:
         before it, so that `Painted.memory_mb` is what this pipeline needs, loading included.
         """
         stop = stop or threading.Event()
+        abandoned = threading.Event()
         updates: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
         def work() -> None:
@@ -365,7 +365,7 @@ class Studio:
                     if alone:
                         self.unload()
                     with _MemoryGrowth() as memory:
-                        painted = self._run(settings, stop, updates.put)
+                        painted = self._run(settings, (stop, abandoned), updates.put)
                     updates.put(replace(painted, memory_mb=memory.megabytes))
             except _Stopped:
                 updates.put(None)
@@ -382,12 +382,20 @@ class Studio:
                 if isinstance(update, Painted):
                     return
         finally:
-            stop.set()
+            abandoned.set()
             worker.join()
 
     def _run(
-        self, settings: Settings, stop: threading.Event, tell: Callable[[Any], None]
+        self,
+        settings: Settings,
+        stops: Sequence[threading.Event],
+        tell: Callable[[Any], None],
     ) -> Painted:
+        def check_stop() -> None:
+            if any(stop.is_set() for stop in stops):
+                raise _Stopped
+
+        check_stop()
         pipe = self.pipeline(settings.precision)
         model = self.facts[settings.precision]
         preview = self._preview_of(pipe)
@@ -397,15 +405,13 @@ class Studio:
         ticks = [time.perf_counter()]
 
         def after_step(step: int, timestep: Any, latents: torch.Tensor) -> None:
-            if stop.is_set():
-                raise _Stopped
+            check_stop()
             ticks.append(time.perf_counter())
             pace = statistics.median(np.diff(ticks))
             images = preview(_estimate(pipe, latents))
             tell(Preview(step + 1, settings.steps, images, pace * (settings.steps - step - 1)))
 
-        if stop.is_set():
-            raise _Stopped
+        check_stop()
         height, width = model.sizes[settings.aspect_ratio]
         images = pipe(
             prompt,
@@ -424,8 +430,7 @@ class Studio:
             callback=after_step,
             callback_steps=1,
         ).images
-        if stop.is_set():
-            raise _Stopped
+        check_stop()
         step_ms = 1e3 * statistics.median(np.diff(ticks)) if len(ticks) > 1 else 0.0
         return Painted(images, time.perf_counter() - ticks[0], step_ms, notes)
 
@@ -443,9 +448,7 @@ class Studio:
 
 def _load_pipeline(folder: Path) -> Any:
     """Loads a converted pipeline, without its progress bar."""
-    from ov_pixart_helper import OVPixArtAlphaPipeline
-
-    pipe = OVPixArtAlphaPipeline.from_pretrained(folder)
+    pipe = OVDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -706,6 +709,11 @@ CSS = """
 .stage .links { display: flex; gap: 0.9rem; }
 .stage .links a { color: var(--link-text-color); text-decoration: underline; }
 
+#prompt-note, #stage, #history, #visit .block, .card-holder { padding: 0 !important; }
+.refused, .refused .info { color: var(--error-text-color) !important; font-weight: 600; }
+#visit { align-items: center; }
+#visit h2 { margin: 0; font-size: 1rem; font-weight: 650; }
+#visit button { min-width: 12rem; }
 .note { margin: 0; min-height: 1.3em; font-size: 0.875rem; color: var(--body-text-color-subdued); }
 .empty { margin: 0; color: var(--body-text-color-subdued); }
 .strip {
@@ -863,6 +871,9 @@ class _Page:
             elem_id="prompt",
         )
         self.note = gr.HTML('<p class="note"></p>', apply_default_css=False, elem_id="prompt-note")
+        with gr.Row():
+            self.go = gr.Button("Generate", variant="primary", elem_id="generate")
+            self.stop = gr.Button("Stop", interactive=False, elem_id="stop")
         gr.Examples(
             [[e] for e in model.examples],
             inputs=[c["prompt"]],
@@ -871,9 +882,6 @@ class _Page:
             api_visibility="private",
             preload=False,
         )
-        with gr.Row():
-            self.go = gr.Button("Generate", variant="primary", elem_id="generate")
-            self.stop = gr.Button("Stop", interactive=False, elem_id="stop")
         with gr.Row():
             c["precision"] = gr.Dropdown(
                 list(self.studio.folders), value=default, label="Precision", elem_id="precision"
@@ -892,7 +900,8 @@ class _Page:
             self.randomise = gr.Checkbox(
                 False, label="New seed each time", elem_id="randomise", min_width=120
             )
-        with gr.Accordion("More settings", open=False, elem_id="more"):
+        self.more = gr.Accordion("More settings", open=False, elem_id="more")
+        with self.more:
             self._build_more(model)
 
     def _build_more(self, model: ModelFacts) -> None:
@@ -921,12 +930,13 @@ class _Page:
                 self.stage = gr.HTML(stage(), apply_default_css=False, elem_id="stage")
             with gr.Tab("Compare", id="compare"):
                 self._build_compare(default)
-        gr.HTML("<h2>This visit</h2>", apply_default_css=False)
+        with gr.Row(elem_id="visit"):
+            gr.HTML("<h2>This visit</h2>", apply_default_css=False)
+            self.reuse = gr.Button(
+                "Reuse these settings", size="sm", interactive=False, scale=0, elem_id="reuse"
+            )
         self.strip = gr.HTML(
             history_strip([]), apply_default_css=False, js_on_load=STRIP_JS, elem_id="history"
-        )
-        self.reuse = gr.Button(
-            "Reuse these settings", size="sm", interactive=False, elem_id="reuse"
         )
 
     def _build_compare(self, default: str) -> None:
@@ -953,7 +963,7 @@ class _Page:
             elem_id="compare-slider",
         )
         self.divider = gr.Slider(
-            0, 100, 50, step=1, label="Divider", elem_id="divider", interactive=True
+            0, 100, 50, step=1, label="Divider", elem_id="divider", interactive=True, buttons=[]
         )
         with gr.Row():
             self.cards = [
@@ -972,6 +982,8 @@ class _Page:
         inputs = [c[name] for name in FIELDS]
         private = {"api_visibility": "private"}
         hidden = {"show_progress": "hidden", **private}
+        checked = [c["seed"], c["steps"], c["guidance"], c["negative_prompt"], c["pictures"]]
+        checked += [self.right, self.more]
         outputs = [
             self.stage,
             self.note,
@@ -989,8 +1001,7 @@ class _Page:
             [self.go.click, c["prompt"].submit],
             self._prepare,
             [*inputs, self.randomise],
-            [c["seed"], *outputs],
-            validator=self._validate,
+            [*checked, *outputs],
             concurrency_limit=None,
             **hidden,
         )
@@ -1006,8 +1017,7 @@ class _Page:
         compared = self.compare.click(
             self._prepare_compare,
             [*inputs, self.randomise, self.left, self.right],
-            [c["seed"], *outputs],
-            validator=self._validate_compare,
+            [*checked, *outputs],
             concurrency_limit=None,
             **hidden,
         )
@@ -1069,33 +1079,60 @@ class _Page:
 
     # -- what a click does ---------------------------------------------------------------------
 
-    def _validate(self, *values: Any) -> list[dict[str, Any]]:
-        """Runs before anything is queued; Gradio shows each message next to its control."""
+    def _prepare(self, *values: Any) -> Iterator[dict[Any, Any]]:
+        """Refuses what cannot be used, next to its control; draws the seed if asked to."""
         *chosen, randomise = values
-        found = problems(Settings(*chosen), self.studio.facts)
-        if randomise:
-            found.pop("seed", None)
-        return [_verdict(found.get(name)) for name in FIELDS] + [_verdict(None)]
-
-    def _validate_compare(self, *values: Any) -> list[dict[str, Any]]:
-        *chosen, left, right = values
-        message = "Choose two different precisions." if left == right else None
-        return [*self._validate(*chosen), _verdict(None), _verdict(message)]
-
-    def _prepare(self, *values: Any) -> dict[Any, Any]:
-        """Draws the seed if asked to and says that the request waits for its turn."""
-        *chosen, randomise = values
-        seed = random.randint(0, MAX_SEED) if randomise else int(chosen[FIELDS.index("seed")])
+        yield from self._check(chosen, randomise)
         waiting = stage(state="waiting", headline="Waiting for its turn")
-        return {self.controls["seed"]: seed, self.stage: waiting, **self._busy(True)}
+        yield {self.stage: waiting, **self._seed(chosen, randomise), **self._busy(True)}
 
-    def _prepare_compare(self, *values: Any) -> dict[Any, Any]:
-        *chosen, left, right = values
+    def _prepare_compare(self, *values: Any) -> Iterator[dict[Any, Any]]:
+        *chosen, randomise, left, right = values
+        yield from self._check(chosen, randomise, (left, right))
         cards = {
-            card: facts_card(label, self.studio.facts[label], status="Waiting for its turn")
+            card: self._card(label, "Waiting for its turn")
             for card, label in zip(self.cards, (left, right), strict=True)
         }
-        return {**self._prepare(*chosen), self.stage: gr.skip(), **cards}
+        yield {**cards, **self._seed(chosen, randomise), **self._busy(True)}
+
+    def _seed(self, chosen: Sequence[Any], randomise: bool) -> dict[Any, Any]:
+        drawn = random.randint(0, MAX_SEED)
+        return {self.controls["seed"]: drawn if randomise else int(chosen[FIELDS.index("seed")])}
+
+    def _check(
+        self, chosen: Sequence[Any], randomise: bool, pair: tuple[str, ...] = ()
+    ) -> Iterator[dict[Any, Any]]:
+        """Shows a message next to every control that is refused, and takes old messages away.
+
+        Gradio's own validators would do the same with an HTTP error, which browsers log.
+        """
+        settings = Settings(*chosen)
+        found = problems(settings, self.studio.facts)
+        if randomise:
+            found.pop("seed", None)
+        model = self.studio.facts[settings.precision]
+        hints = {
+            "seed": _seed_looks(randomise)["info"],
+            "steps": None,
+            "guidance": _guidance_looks(model)["info"],
+            "negative_prompt": _negative_looks(settings.guidance)["info"],
+            "pictures": None,
+        }
+        shown = {
+            self.controls[name]: _with_message(found.get(name), hint)
+            for name, hint in hints.items()
+        }
+        if pair:
+            same = "Choose another precision than on the left." if len(set(pair)) < 2 else None
+            found |= {"right": same} if same else {}
+            shown[self.right] = _with_message(same, None)
+        prompt_message = found.get("prompt")
+        shown[self.note] = _note([prompt_message or ""], refused=prompt_message is not None)
+        if found.keys() - {"prompt", "seed", "right"}:
+            shown[self.more] = gr.update(open=True)  # where the refused control is
+        yield shown
+        if found:  # ends this chain of events; the messages say the rest
+            raise gr.Error("Some settings were refused.", visible=False, print_exception=False)
 
     def _busy(self, busy: bool) -> dict[Any, Any]:
         return {
@@ -1358,8 +1395,8 @@ class _Page:
         return [str(path) for path in paths], details
 
 
-def _verdict(message: str | None) -> dict[str, Any]:
-    return gr.validate(message is None, message or "")
+def _with_message(message: str | None, hint: str | None) -> dict[str, Any]:
+    return gr.update(info=message or hint, elem_classes=["refused"] if message else [])
 
 
 def _tidy(settings: Settings) -> Settings:
@@ -1384,8 +1421,9 @@ def _reason(error: Exception) -> str:
     return f"That did not work: {text[0] if text else type(error).__name__}"
 
 
-def _note(notes: Sequence[str]) -> str:
-    return f'<p class="note" role="status">{_text(" ".join(notes))}</p>'
+def _note(notes: Sequence[str], refused: bool = False) -> str:
+    look = "note refused" if refused else "note"
+    return f'<p class="{look}" role="status">{_text(" ".join(notes))}</p>'
 
 
 def _guidance_looks(model: ModelFacts) -> dict[str, Any]:
@@ -1475,8 +1513,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _converted(model: str, folder: Path) -> dict[str, Path]:
     """Every converted form of `model` in `folder`, and FP16 and INT8 weights in any case."""
-    from ov_pixart_helper import convert_pipeline
-
     name = Path(model).name
     pipelines = {
         weights.upper(): convert_pipeline(

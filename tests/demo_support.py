@@ -97,4 +97,5 @@ def fake_folder(folder: Path, *, few_step: bool = False, vocabulary: int = 200) 
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    (folder / "transformer" / "openvino_model.xml").touch()
     return folder
