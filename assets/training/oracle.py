@@ -44,6 +44,12 @@ class Reading:
     things: tuple[ReadThing, ...]
     background: str
 
+    def __str__(self) -> str:
+        """Attributes in words, objects from left to right, as in "small red ring on white"."""
+        ordered = sorted(self.things, key=lambda thing: (round(thing.x, 1), thing.y))
+        named = " and ".join(f"{t.size} {t.colour} {t.kind}" for t in ordered) or "nothing"
+        return f"{named} on {self.background}"
+
 
 @dataclass(frozen=True)
 class Score:
@@ -192,8 +198,8 @@ def score_caption(picture: Image.Image | np.ndarray, caption: str | scenes.Scene
     """Compares a picture with a caption of the grammar (or with a scene).
 
     Attributes: `count` (as many objects as asked for), `colour`, `kind`, `size` (each for all
-    objects at once), `clean` (every outline whole), `relation` (two objects only), `background`.
-    Two objects are matched with the caption's in the order that gets most attributes right. With a
+    objects at once), `clean` (every outline whole), `relation` (two objects only), `background`;
+    what the caption leaves open is not asked. Two objects are matched with the caption's in the order that gets most attributes right. With a
     wrong count, every attribute of objects counts as wrong.
     """
     scene = scenes.parse_caption(caption) if isinstance(caption, str) else caption
@@ -208,7 +214,9 @@ def score_caption(picture: Image.Image | np.ndarray, caption: str | scenes.Scene
     else:
         orders = (_match(scene, *things), _match(scene, *reversed(things)))
         attributes = max(orders, key=lambda found: sum(found.values()))
-    attributes |= {"count": counted, "background": reading.background == scene.background}
+    attributes["count"] = counted
+    if scene.background is not None:
+        attributes["background"] = reading.background == scene.background
     return Score(attributes)
 
 

@@ -86,10 +86,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One or two things on a backdrop; `relation` says where the first is, seen from the second."""
+    """One or two things on a backdrop; `relation` says where the first is, seen from the second.
+
+    `background` is None where a caption leaves it open.
+    """
 
     things: tuple[Thing, ...]
-    background: str
+    background: str | None
     relation: str | None = None
 
     def is_held_out(self) -> bool:
@@ -129,7 +132,7 @@ def sample_training_scene(rng: np.random.Generator, num_things: int | None = Non
 
 def change_one_attribute(scene: Scene, rng: np.random.Generator) -> Scene:
     """Returns the scene with exactly one attribute (thing, relation or backdrop) made another."""
-    choices = [("background", None)] + [("relation", None)] * (scene.relation is not None)
+    choices = [(n, None) for n in ("background", "relation") if getattr(scene, n) is not None]
     for i, thing in enumerate(scene.things):
         choices += [("colour", i), ("kind", i)] + [("size", i)] * (thing.size is not None)
     name, index = choices[rng.integers(len(choices))]
@@ -174,10 +177,15 @@ TEMPLATES = (
     "on a {background} background there is {things}",
     "a {background} backdrop with {things}",
 )
+SHORT_TEMPLATES = ("{things}", "a picture of {things}")  # these leave the backdrop open
 
 
 def describe(
-    scene: Scene, rng: np.random.Generator | None = None, *, omit_sizes: bool = False
+    scene: Scene,
+    rng: np.random.Generator | None = None,
+    *,
+    omit_sizes: bool = False,
+    omit_background: bool = False,
 ) -> str:
     """Says the scene in words: plain wording without `rng`, varied wording with it."""
 
@@ -192,6 +200,8 @@ def describe(
     things = phrase(scene.things[0])
     if scene.relation is not None:
         things += f" {pick(RELATION_WORDS[scene.relation])} {phrase(scene.things[1])}"
+    if omit_background or scene.background is None:
+        return pick(SHORT_TEMPLATES).format(things=things)
     return pick(TEMPLATES).format(things=things, background=scene.background)
 
 
@@ -213,31 +223,32 @@ def _canonical(word: str, words: dict[str, tuple[str, ...]]) -> str:
 
 
 def parse_caption(caption: str) -> Scene:
-    """Reads a caption of this grammar back into its scene (sizes that it leaves open are None).
+    """Reads a caption of this grammar back into its scene; what it leaves open is None.
 
     Raises ValueError if the caption is not one of this grammar.
     """
     text = " ".join(caption.lower().split())
     found = list(_THING.finditer(text))
     background = _BACKGROUND.search(text)
-    if background is None or not 1 <= len(found) <= 2:
+    if not 1 <= len(found) <= 2:
         raise ValueError(
-            f"caption={caption!r} is not a scene caption: say one or two objects and a background, "
-            "for example 'a large red heart on a white background'."
+            f"caption={caption!r} is not a scene caption: name one or two objects with colour and "
+            "shape, for example 'a large red heart on a white background'."
         )
     things = tuple(
         Thing(colour, _canonical(kind, KIND_WORDS), size and _canonical(size, SIZE_WORDS))
         for size, colour, kind in (m.groups() for m in found)
     )
+    backdrop = background and background[1]
     if len(things) == 1:
-        return Scene(things, background[1])
+        return Scene(things, backdrop)
     relation = _RELATION.search(text, found[0].end(), found[1].start())
     if relation is None:
         raise ValueError(
             f"caption={caption!r} has two objects and no relation between them: "
             f"use one of {', '.join(RELATION_WORDS)}."
         )
-    return Scene(things, background[1], _canonical(relation[1], RELATION_WORDS))
+    return Scene(things, backdrop, _canonical(relation[1], RELATION_WORDS))
 
 
 # ----------------------------------------------------------------------------------------------
