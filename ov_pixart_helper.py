@@ -69,6 +69,7 @@ with _quiet():
     import nncf
     import numpy as np
     import openvino as ov
+    import pandas as pd
     import torch
     from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtSigmaPipeline
     from diffusers import PixArtTransformer2DModel as PixArtTransformer
@@ -624,6 +625,33 @@ def _write_json(content: dict, file: Path) -> None:
     partial = file.with_name(f".partial-{file.name}")
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, file)
+
+
+def summarize_models(ov_dir: str | Path) -> pd.DataFrame:
+    """A table of the models in an OpenVINO folder: size on disk in MB, inputs, output.
+
+    A `?` in a shape is a dimension that takes any size.
+    """
+
+    def ports(ports_of_model: list) -> str:
+        shapes = {port.get_any_name(): port.get_partial_shape() for port in ports_of_model}
+        return ", ".join(f"{name} {_shape_text(shape)}" for name, shape in shapes.items())
+
+    core, rows = ov.Core(), {}
+    for name in PARTS:
+        file = Path(ov_dir) / name / IR_NAME
+        if file.is_file():
+            model = core.read_model(file)
+            size = file.with_suffix(".bin").stat().st_size / 1e6
+            rows[name] = [round(size, 2), ports(model.inputs), ports(model.outputs)]
+    if not rows:
+        raise FileNotFoundError(f"ov_dir={str(ov_dir)!r} holds no model: convert one first.")
+    return pd.DataFrame.from_dict(rows, "index", columns=["size, MB", "inputs", "output"])
+
+
+def _shape_text(shape: ov.PartialShape) -> str:
+    sizes = ("?" if axis.is_dynamic else str(axis.get_length()) for axis in shape)
+    return f"({', '.join(sizes)})"
 
 
 # ==================================================================================================

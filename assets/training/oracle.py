@@ -199,8 +199,9 @@ def score_caption(picture: Image.Image | np.ndarray, caption: str | scenes.Scene
 
     Attributes: `count` (as many objects as asked for), `colour`, `kind`, `size` (each for all
     objects at once), `clean` (every outline whole), `relation` (two objects only), `background`;
-    what the caption leaves open is not asked. Two objects are matched with the caption's in the order that gets most attributes right. With a
-    wrong count, every attribute of objects counts as wrong.
+    what the caption leaves open is not asked. Two objects are matched with the caption's in the
+    order that gets most attributes right. With a wrong count, every attribute of objects counts
+    as wrong.
     """
     scene = scenes.parse_caption(caption) if isinstance(caption, str) else caption
     reading = read_picture(picture)

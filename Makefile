@@ -1,0 +1,46 @@
+# Everything runs inside .venv, made from requirements.txt on first use. PYTHON picks the
+# interpreter (3.11–3.13). On Windows, or without make: the same steps are in README.md.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.requirements-installed
+# PyTorch's own index of CPU builds. Where it cannot be reached, pip takes what it finds.
+TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+
+EXECUTED := build/pixart.ipynb
+
+.PHONY: run test lab demo bench lint clean
+
+run: $(STAMP)
+	@$(BIN)/python tests/execute_notebook.py pixart.ipynb $(EXECUTED)
+
+test: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/python -m pytest tests
+	@$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg pixart.ipynb
+
+lab: $(STAMP)
+	@$(BIN)/jupyter lab pixart.ipynb
+
+demo: $(STAMP)
+	@$(BIN)/python gradio_helper.py
+
+bench: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.bench
+
+lint: $(STAMP)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf build models
+
+# CPU-only PyTorch first: the default Linux build would bring several GB of CUDA libraries along.
+$(STAMP): requirements.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -c "import torch" 2>/dev/null \
+	  || $(BIN)/pip install -q --no-deps --retries 1 --extra-index-url $(TORCH_CPU_INDEX) \
+	    "$$(grep -o '^torch==[^ ]*' requirements.txt)" 
+	@$(BIN)/pip install -q -r requirements.txt
+	@touch $@
