@@ -204,7 +204,11 @@ def score_caption(picture: Image.Image | np.ndarray, caption: str | scenes.Scene
     as wrong.
     """
     scene = scenes.parse_caption(caption) if isinstance(caption, str) else caption
-    reading = read_picture(picture)
+    return score_reading(read_picture(picture), scene)
+
+
+def score_reading(reading: Reading, scene: scenes.Scene) -> Score:
+    """Compares what was read from a picture with a scene; see `score_caption`."""
     things = reading.things
     counted = len(things) == len(scene.things)
     if not counted:

@@ -1,0 +1,79 @@
+"""The world of PixArt-tiny: captions say what the renderer paints, and the oracle reads it back."""
+
+import numpy as np
+import pytest
+
+from assets.training import evaluate, oracle, scenes
+
+SHAPES = list(evaluate.SHAPES.values())
+
+
+def test_every_caption_reads_back_into_its_scene():
+    rng = np.random.default_rng(0)
+    for _ in range(1000):
+        scene = scenes.sample_scene(rng)
+        assert scenes.parse_caption(scenes.describe(scene, rng)) == scene
+
+
+def test_a_caption_may_leave_sizes_and_backdrop_open():
+    scene = scenes.parse_caption("a red heart above a blue box")
+    assert scene == scenes.Scene(
+        (scenes.Thing("red", "heart", None), scenes.Thing("blue", "square", None)), None, "above"
+    )
+
+
+@pytest.mark.parametrize(
+    "caption", ["", "a cat", "a red heart and a blue ring on a white backdrop"]
+)
+def test_what_is_no_scene_caption_is_refused_by_name(caption):
+    with pytest.raises(ValueError, match="caption="):
+        scenes.parse_caption(caption)
+
+
+def test_training_never_sees_what_is_held_out():
+    rng = np.random.default_rng(1)
+    drawn = [scenes.sample_training_scene(rng) for _ in range(3000)]
+    assert not any(scene.is_held_out() for scene in drawn)
+    seen = {(t.colour, t.kind) for scene in drawn for t in scene.things}
+    everything = {(colour, kind) for colour in scenes.COLOURS for kind in scenes.KINDS}
+    assert everything - seen == scenes.HELD_OUT_PAIRS
+
+
+def test_every_evaluation_caption_is_held_out_and_fixed(tmp_path):
+    rows = evaluate.read_captions()
+    assert len(rows) == len({caption for caption, _ in rows}) == 200
+    for caption, _ in rows:
+        scene = scenes.parse_caption(caption)
+        assert scene.has_held_out_pair()
+        assert scene.relation is None or scene.has_held_out_triple()
+    evaluate.write_captions(tmp_path / "again.csv")
+    assert (tmp_path / "again.csv").read_text() == evaluate.CAPTIONS.read_text()
+
+
+def test_a_mirrored_triple_is_held_out_too():
+    scene = scenes.parse_caption(
+        "a big red star to the right of a big red circle on a mint backdrop"
+    )
+    assert scene.has_held_out_triple()
+
+
+def test_the_oracle_reads_fresh_renders_and_rejects_one_wrong_attribute():
+    rng = np.random.default_rng(2)
+    right = rejected = 0
+    for i in range(1000):
+        scene = scenes.sample_scene(rng)
+        reading = oracle.read_picture(scenes.render(scene, *SHAPES[i % len(SHAPES)], rng))
+        right += oracle.score_reading(reading, scene).right
+        other = scenes.change_one_attribute(scene, rng)
+        rejected += not oracle.score_reading(reading, other).right
+    assert right >= 990
+    assert rejected >= 990
+
+
+def test_the_oracle_rejects_a_torn_shape():
+    rng = np.random.default_rng(3)
+    scene = scenes.parse_caption("a large red circle on a white background")
+    picture = scenes.render(scene, 256, 256, rng)
+    assert oracle.score_caption(picture, scene).right
+    picture[:, 128:] = np.roll(picture[:, 128:], 24, axis=0)
+    assert not oracle.score_caption(picture, scene).right
