@@ -91,19 +91,19 @@ SCENE_STYLES = {  # PixArt-tiny knows shapes and backdrops, so its styles are ba
     },
 }
 
-EXAMPLES = (
-    "A small cactus with a happy face in the Sahara desert",
-    "An isometric cutaway of a lighthouse keeper's library at night",
-    "A red fox asleep on a mossy stone, morning mist",
-    "A paper boat sailing over a map of the stars",
-)
-SCENE_EXAMPLES = (
-    "a large red heart on a white background",
-    "a small purple circle above a large yellow star on a black background",
-    "a big cyan ring to the left of a small orange square on a navy background",
-    "a large green star on a mint background",
-    "a tiny blue heart below a huge pink triangle on a cream background",
-)
+EXAMPLES = {  # what the button says → the prompt
+    "Happy cactus": "A small cactus with a happy face in the Sahara desert",
+    "Night library": "An isometric cutaway of a lighthouse keeper's library at night",
+    "Sleeping fox": "A red fox asleep on a mossy stone, morning mist",
+    "Paper boat": "A paper boat sailing over a map of the stars",
+}
+SCENE_EXAMPLES = {
+    "Red heart": "a large red heart on a white background",
+    "Circle above star": "a small purple circle above a large yellow star on a black background",
+    "Ring beside square": "a large cyan ring left of a small orange square on a navy background",
+    "Green star": "a large green star on a mint background",
+    "Heart below triangle": "a small blue heart below a large pink triangle on a cream background",
+}
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class ModelFacts:
         return SCENE_STYLES if self.knows_scenes else STYLES
 
     @property
-    def examples(self) -> tuple[str, ...]:
+    def examples(self) -> dict[str, str]:
         return SCENE_EXAMPLES if self.knows_scenes else EXAMPLES
 
 
@@ -626,13 +626,15 @@ def stage(
         )
     )
     percent = round(100 * progress)
+    spoken = "Painting" if state == "working" else headline  # not every step is read out
     return (
         f'<div class="stage {state}">'
         f'<div class="frame pictures-{count}">{pictures or f"<p>{_text(IDLE_HINT)}</p>"}</div>'
         f'<div class="bar" role="progressbar" aria-label="Denoising" aria-valuemin="0" '
         f'aria-valuemax="100" aria-valuenow="{percent}"><i style="width: {percent}%"></i></div>'
-        f'<p class="headline">{_text(headline)}</p>'
-        f'<p class="detail"><span>{_text(detail)}</span><span class="links">{links}</span></p>'
+        f'<p class="headline"><span>{_text(headline)}</span><span class="links">{links}</span></p>'
+        f'<p class="detail">{_text(detail)}</p>'
+        f'<p class="spoken" role="status">{_text(spoken)}</p>'
         "</div>"
     )
 
@@ -678,6 +680,8 @@ HEADER = """
 """
 
 CSS = """
+:root { --demo-accent: var(--primary-700); }
+.dark { --demo-accent: var(--primary-300); --color-accent: var(--primary-300); }
 .gradio-container { max-width: 1160px !important; margin: 0 auto !important; }
 .page-header h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
 .page-header p { color: var(--body-text-color-subdued); margin: 0.15rem 0 0; }
@@ -699,21 +703,39 @@ CSS = """
   height: 4px; margin: 10px 0 6px; border-radius: 2px; overflow: hidden;
   background: var(--border-color-primary);
 }
-.stage .bar i { display: block; height: 100%; background: var(--color-accent); }
-.stage .headline { min-height: 1.5em; margin: 0; font-weight: 600; color: var(--body-text-color); }
+.stage .bar i { display: block; height: 100%; background: var(--demo-accent); }
+.stage .headline {
+  display: flex; justify-content: space-between; gap: 1rem; min-height: 1.5em; margin: 0;
+  font-weight: 600; color: var(--body-text-color);
+}
 .stage.error .headline { color: var(--error-text-color); }
 .stage .detail {
-  display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem;
   min-height: 1.5em; margin: 0; color: var(--body-text-color-subdued); font-size: 0.9rem;
 }
-.stage .links { display: flex; gap: 0.9rem; }
+.stage .links { display: flex; flex: none; gap: 0.9rem; font-weight: 400; }
+.stage .spoken {
+  position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; clip-path: inset(50%);
+}
 .stage .links a { color: var(--link-text-color); text-decoration: underline; }
 
-#prompt-note, #stage, #history, #visit .block, .card-holder { padding: 0 !important; }
-.refused, .refused .info { color: var(--error-text-color) !important; font-weight: 600; }
+.html-container { padding: 0 !important; }
+.note.refused, .refused .info-text { color: var(--error-text-color) !important; font-weight: 600; }
+.refused input, .refused textarea { border-color: var(--error-border-color) !important; }
+/* Gradio's tracker tells the place in the queue; here it does not dim what is under it. */
+#stage .wrap, #compare-slider .wrap {
+  inset: 0; overflow: visible; background: none !important; border-color: transparent;
+}
+#stage .wrap svg, #compare-slider .wrap svg { display: none; }
+#stage .pending { opacity: 1 !important; }
+#stage .wrap .progress-text, #compare-slider .wrap .progress-text {
+  inset: 14px 14px auto auto; padding: 2px 10px; border-radius: 999px; font-size: 0.85rem;
+  font-family: var(--font); color: var(--body-text-color);
+  background: var(--background-fill-primary); border: 1px solid var(--border-color-primary);
+}
 #visit { align-items: center; }
 #visit h2 { margin: 0; font-size: 1rem; font-weight: 650; }
 #visit button { min-width: 12rem; }
+#prompt-note { margin: -10px 0; }
 .note { margin: 0; min-height: 1.3em; font-size: 0.875rem; color: var(--body-text-color-subdued); }
 .empty { margin: 0; color: var(--body-text-color-subdued); }
 .strip {
@@ -728,7 +750,7 @@ CSS = """
 }
 .strip img { width: 100%; height: 100%; object-fit: cover; display: block; }
 .strip button[aria-pressed="true"] {
-  outline: 2px solid var(--color-accent); outline-offset: 1px;
+  outline: 2px solid var(--demo-accent); outline-offset: 1px;
 }
 .card {
   display: grid; grid-template-columns: 72px 1fr; gap: 4px 12px; align-items: center; padding: 12px;
@@ -743,16 +765,21 @@ CSS = """
 .card h3 { margin: 0; font-size: 1rem; font-weight: 650; }
 .card p { margin: 0; min-height: 1.4em; color: var(--body-text-color-subdued); }
 .card dl {
-  grid-column: 1 / -1; display: grid; grid-template-columns: 1fr 1fr; gap: 2px 16px;
-  margin: 6px 0 0;
+  grid-column: 1 / -1; display: grid; gap: 2px; margin: 6px 0 0;
 }
-.card dl div { display: flex; justify-content: space-between; gap: 8px; }
+.card dl div { display: flex; white-space: nowrap; justify-content: space-between; gap: 8px; }
 .card dt { color: var(--body-text-color-subdued); font-size: 0.875rem; }
 .card dd { margin: 0; font-variant-numeric: tabular-nums; font-size: 0.875rem; }
-:focus-visible { outline: 2px solid var(--color-accent) !important; outline-offset: 2px; }
+:focus-visible { outline: 2px solid var(--demo-accent) !important; outline-offset: 2px; }
 @media (max-width: 640px) {
   .gradio-container { padding: 12px !important; }
   .stage .frame { max-height: none; }
+  .stage .detail { min-height: 3em; }
+  /* The picture comes right after the buttons, the settings after the picture. */
+  #workspace { flex-direction: column; flex-wrap: nowrap; align-items: stretch; }
+  #workspace > .column { display: contents; }
+  #results { order: 1; } #visit, #history { order: 2; }
+  #examples, #basics, #seed-row, #more { order: 3; }
 }
 @media (prefers-reduced-motion: no-preference) { .stage .bar i { transition: width 0.15s; } }
 """
@@ -785,6 +812,7 @@ def _theme() -> gr.themes.Base:
         link_text_color_dark="*primary_300",
         body_text_color_subdued="*neutral_600",
         body_text_color_subdued_dark="*neutral_300",
+        error_text_color_dark="#fca5a5",
         block_info_text_color="*neutral_600",
         block_info_text_color_dark="*neutral_300",
     )
@@ -849,7 +877,7 @@ class _Page:
         self.jobs: dict[str | None, _Job] = {}  # a browser tab's session → its run
         self.controls: dict[str, Any] = {}
         gr.HTML(HEADER, apply_default_css=False)
-        with gr.Row(equal_height=False):
+        with gr.Row(equal_height=False, elem_id="workspace"):
             with gr.Column(scale=5, min_width=320):
                 self._build_controls(default)
             with gr.Column(scale=6, min_width=320):
@@ -863,7 +891,7 @@ class _Page:
         model = self.studio.facts[default]
         c = self.controls
         c["prompt"] = gr.Textbox(
-            model.examples[0],
+            next(iter(model.examples.values())),
             label="Prompt",
             lines=2,
             max_lines=6,
@@ -872,24 +900,25 @@ class _Page:
         )
         self.note = gr.HTML('<p class="note"></p>', apply_default_css=False, elem_id="prompt-note")
         with gr.Row():
-            self.go = gr.Button("Generate", variant="primary", elem_id="generate")
-            self.stop = gr.Button("Stop", interactive=False, elem_id="stop")
+            self.go = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+            self.stop = gr.Button("Stop", interactive=False, min_width=120, elem_id="stop")
         gr.Examples(
-            [[e] for e in model.examples],
+            [[prompt] for prompt in model.examples.values()],
             inputs=[c["prompt"]],
             label="Try one of these",
+            example_labels=list(model.examples),
             elem_id="examples",
             api_visibility="private",
             preload=False,
         )
-        with gr.Row():
+        with gr.Row(elem_id="basics"):
             c["precision"] = gr.Dropdown(
                 list(self.studio.folders), value=default, label="Precision", elem_id="precision"
             )
             c["aspect_ratio"] = gr.Dropdown(
                 list(model.sizes), value="1:1", label="Aspect ratio", elem_id="aspect-ratio"
             )
-        with gr.Row():
+        with gr.Row(elem_id="seed-row"):
             c["seed"] = gr.Number(
                 7,
                 label="Seed",
@@ -925,7 +954,7 @@ class _Page:
     def _build_results(self, default: str) -> None:
         self.history = gr.State([])
         self.shown = gr.State(None)  # index in the history of the picture on the stage
-        with gr.Tabs():
+        with gr.Tabs(elem_id="results"):
             with gr.Tab("Picture", id="picture"):
                 self.stage = gr.HTML(stage(), apply_default_css=False, elem_id="stage")
             with gr.Tab("Compare", id="compare"):
