@@ -10,21 +10,25 @@ Import this module before `openvino` or `nncf`: it switches their usage telemetr
 
 import contextlib
 import gc
+import hashlib
 import inspect
+import io
 import itertools
 import json
 import logging
 import math
 import os
+import random
 import re
 import shutil
 import sys
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 # ==================================================================================================
@@ -66,6 +70,7 @@ def _quiet() -> Iterator[None]:
 
 _opt_out_of_telemetry()
 with _quiet():
+    import datasets
     import nncf
     import numpy as np
     import openvino as ov
@@ -105,6 +110,8 @@ WEIGHT_FORMATS = {
     "int8": "8-bit integers, one scale an output channel",
     "int4": "4-bit integers, one scale a group of weights; what does not fit stays at 8 bits",
 }
+# The tables of `_Sinusoids` look like embeddings to NNCF; 32 kB are not worth 8 bits of angle.
+SINUSOIDS = nncf.IgnoredScope(patterns=[r".*\.sinusoids/.*"], validate=False)
 _INT4_GROUP_SIZES = (128, 64, 32, 16)  # the largest that divides the model's width
 
 
@@ -159,6 +166,77 @@ class _TransformerForTracing(torch.nn.Module):
         )[0]
 
 
+class _Sinusoids(torch.nn.Module):
+    """`cos` and `sin` of numbers times 128 frequencies, in a form that survives 16 bits.
+
+    diffusers multiplies first, `timestep × frequency`, and takes the sine of up to 999 radians.
+    In torch that product is float32 whatever the model's precision is, but OpenVINO, told to
+    compute in bfloat16 (its own choice where the hardware has it), rounds it to one of 512, 516,
+    520 … radians: the transformer no longer knows where in the schedule it is. Stored as float16,
+    the frequencies alone would do the same on a smaller scale.
+
+    So the number is taken apart, `x = 64·coarse + fine + fraction`, the sines of both whole parts
+    come from small tables, and the angle-sum formulas put them together. `bucketize` and
+    `remainder` read the model's input itself, which is float32 in every precision.
+    """
+
+    FINE, COARSE = 64, 128  # rows of the tables: numbers up to 8191
+
+    def __init__(self, projection: torch.nn.Module):
+        super().__init__()
+        half = projection.num_channels // 2
+        exponent = -math.log(10_000) * torch.arange(half) / (half - projection.downscale_freq_shift)
+        tables = {
+            "frequency": torch.exp(exponent),
+            "fine": projection(torch.arange(self.FINE)),  # (64, 256): cosines, then sines
+            "coarse": projection(torch.arange(self.COARSE) * self.FINE),
+            "whole": torch.arange(1.0, self.FINE * self.COARSE),
+        }
+        for name, table in tables.items():
+            self.register_buffer(name, table.float(), persistent=False)
+
+    def forward(self, x):  # (…) → (…, 256)
+        whole = torch.bucketize(x, self.whole, right=True)
+        angle = torch.remainder(x, 1.0).unsqueeze(-1) * self.frequency
+        fraction = torch.cos(angle), torch.sin(angle)
+        fine = self.fine[whole % self.FINE].chunk(2, dim=-1)
+        coarse = self.coarse[whole // self.FINE].chunk(2, dim=-1)
+        return torch.cat(self._sum(self._sum(coarse, fine), fraction), dim=-1)
+
+    @staticmethod
+    def _sum(a, b):  # cos(α+β), sin(α+β)
+        return a[0] * b[0] - a[1] * b[1], a[1] * b[0] + a[0] * b[1]
+
+
+class _EmbeddingForTracing(torch.nn.Module):
+    """The DiT's embedding of timestep, size and aspect ratio, on `_Sinusoids`."""
+
+    def __init__(self, embedding: torch.nn.Module):
+        super().__init__()
+        self.embedding = embedding
+        self.sinusoids = _Sinusoids(embedding.time_proj)
+
+    def forward(self, timestep, resolution, aspect_ratio, batch_size, hidden_dtype):
+        conditioning = self.embedding.timestep_embedder(self.sinusoids(timestep))  # (B, D)
+        if self.embedding.use_additional_conditions:
+            size = self.embedding.resolution_embedder(self.sinusoids(resolution))  # (B, 2, D/3)
+            shape = self.embedding.aspect_ratio_embedder(self.sinusoids(aspect_ratio))
+            conditioning = conditioning + torch.cat([size.flatten(1), shape.flatten(1)], dim=1)
+        return conditioning
+
+
+@contextlib.contextmanager
+def _exact_embedding(transformer: PixArtTransformer) -> Iterator[None]:
+    """Trace with `_EmbeddingForTracing` and leave the transformer as it was."""
+    block = transformer.adaln_single
+    original = block.emb
+    block.emb = _EmbeddingForTracing(original)
+    try:
+        yield
+    finally:
+        block.emb = original
+
+
 class _VaeDecoderForTracing(torch.nn.Module):
     """Half of the VAE, without the tiling and slicing that `vae.decode` decides on in Python."""
 
@@ -200,8 +278,8 @@ def _trace_transformer(transformer: PixArtTransformer) -> ov.Model:
     }
     inputs = {
         "hidden_states": ([-1, config.in_channels, -1, -1], ov.Type.f32),
-        # Float, though most schedulers count in integers: the model's first act is to make it
-        # float, integers up to 2^24 survive that exactly, and Euler's fractions fit too.
+        # Float, though most schedulers count in integers: the model makes it float anyway,
+        # whole numbers survive that exactly, and Euler's fractions fit too.
         "timestep": ([-1], ov.Type.f32),
         "encoder_hidden_states": ([-1, -1, width], ov.Type.f32),
         "encoder_attention_mask": ([-1, -1], ov.Type.i64),
@@ -211,7 +289,8 @@ def _trace_transformer(transformer: PixArtTransformer) -> ov.Model:
         example["aspect_ratio"] = torch.tensor([[0.66]] * 2)
         inputs["resolution"] = ([-1, 2], ov.Type.f32)
         inputs["aspect_ratio"] = ([-1, 1], ov.Type.f32)
-    return _trace(_TransformerForTracing(transformer), example, inputs, output="sample")
+    with _exact_embedding(transformer):
+        return _trace(_TransformerForTracing(transformer), example, inputs, output="sample")
 
 
 def _trace_vae_decoder(vae: AutoencoderKL) -> ov.Model:
@@ -334,15 +413,17 @@ def _check_weight_format(weight_format: str) -> None:
 
 def _compress_weights(model: ov.Model, weight_format: str, config: Any) -> ov.Model:
     """Compress the weights in memory, before anything is written."""
-    with _quiet(), contextlib.redirect_stdout(None):  # NNCF draws tables and bars
+    with _quiet(), contextlib.redirect_stdout(io.StringIO()):  # NNCF draws tables and bars
         if weight_format == "int8":
-            return nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+            mode = nncf.CompressWeightsMode.INT8_ASYM
+            return nncf.compress_weights(model, mode=mode, ignored_scope=SINUSOIDS)
         return nncf.compress_weights(
             model,
             mode=nncf.CompressWeightsMode.INT4_SYM,
             ratio=1.0,
             group_size=_int4_group_size(config),
             backup_mode=nncf.BackupMode.INT8_ASYM,
+            ignored_scope=SINUSOIDS,
             advanced_parameters=nncf.AdvancedCompressionParameters(
                 group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE
             ),
@@ -1147,3 +1228,550 @@ def _is_text(value: Any) -> bool:
     if isinstance(value, str):
         return True
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
+
+
+# ==================================================================================================
+# 3. Optimise
+# ==================================================================================================
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What NNCF does to one of the three models.
+
+    `weights`: store weights as "int8" or "int4" (None: leave the model as it is). `activations`:
+    compute in 8-bit integers too, in ranges learnt from calibration data, except in the layers of
+    `weights_only`. `floating` layers are left alone. Layers are given by regular expressions on
+    their names in the IR, which follow the modules of the PyTorch model.
+    """
+
+    weights: str | None = None
+    activations: bool = False
+    weights_only: tuple[str, ...] = ()
+    floating: tuple[str, ...] = ()
+    is_transformer: bool = True  # NNCF then keeps softmax, normalisation and the like in float
+    smooth_quant: float = -1  # from 0 to 1: how much of activations' range moves to weights
+    scale_estimation: bool = False  # fit the weights' scales to calibration data
+    options: tuple[tuple[str, str | int], ...] = ()  # see STORED_OPTIONS
+
+    @property
+    def needs_data(self) -> bool:
+        return self.activations or self.scale_estimation
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of PRESETS: what happens to each of the three models, and what for."""
+
+    summary: str
+    text_encoder: Recipe
+    transformer: Recipe
+    vae_decoder: Recipe
+
+    @property
+    def needs_data(self) -> bool:
+        return any(getattr(self, name).needs_data for name in PARTS)
+
+
+# The DiT computes its table of positions from the picture's size: sines of angles that 256 levels
+# cannot tell apart. It is a handful of numbers, and integers would gain nothing.
+_POSITIONS = (r"\.pos_embed/",)
+
+_INT8_TRANSFORMER = Recipe(
+    weights="int8",
+    activations=True,
+    # One vector a step, spread over every pixel by each block: nothing to gain, much to lose.
+    weights_only=(r"\.adaln_single\.",),
+    floating=_POSITIONS,
+    smooth_quant=0.5,
+)
+_INT8_VAE = Recipe(weights="int8", activations=True, is_transformer=False)
+
+PRESETS = {
+    "int8-weights": Preset(
+        "Half the size and no data needed; the DiT's activations are rounded as they come.",
+        text_encoder=Recipe(weights="int8"),
+        transformer=Recipe(weights="int8", options=(("DYNAMIC_QUANTIZATION_GROUP_SIZE", 128),)),
+        vae_decoder=Recipe(weights="int8"),
+    ),
+    "int8": Preset(
+        "The fast one: DiT and VAE compute in integers, in ranges seen while pictures were drawn.",
+        text_encoder=Recipe(weights="int8"),
+        transformer=_INT8_TRANSFORMER,
+        vae_decoder=_INT8_VAE,
+    ),
+    "int4": Preset(
+        "The small one: as int8, and the text encoder's weights take 4 bits.",
+        text_encoder=Recipe(weights="int4"),
+        transformer=_INT8_TRANSFORMER,
+        vae_decoder=_INT8_VAE,
+    ),
+    "hybrid": Preset(
+        "The published recipe: MatMul keeps floating activations, everything else loses them.",
+        text_encoder=Recipe(weights="int4"),
+        transformer=Recipe(
+            weights="int8", activations=True, weights_only=(r"/MatMul", r"/Gather")
+        ),
+        vae_decoder=Recipe(weights="int8"),
+    ),
+}
+
+CAPTIONS = Path(__file__).parent / "assets" / "captions"
+DEFAULT_NUM_SAMPLES = 100  # calls of the DiT; each holds both halves of the guidance
+_SAMPLES_PER_PICTURE = 5  # of all its denoising steps: neighbours are much alike
+_CALIBRATION_RATIOS = (1.0, 3 / 4, 4 / 3, 9 / 16, 16 / 9)  # height / width, in turn
+
+
+def optimize_pipeline(
+    ov_dir: str | Path,
+    output_dir: str | Path,
+    preset: str = "int8",
+    *,
+    calibration_prompts: str | Path | list[str] | None = None,
+    num_samples: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Path:
+    """Write a smaller, faster copy of an OpenVINO pipeline and return its folder.
+
+    `ov_dir`: a folder of `convert_pipeline` in 16 or 32 bits. `preset`: a name in PRESETS.
+    `calibration_prompts`: captions, or what `load_calibration_prompts` takes; the shipped ones by
+    default. `num_samples`: how many calls of the DiT to calibrate with, five from each picture.
+
+    Pictures for calibration are drawn once and kept in the folder `calibration` next to
+    `output_dir`, for other presets with the same source, captions and seed. Models that an
+    earlier call has finished are kept, and those that a preset in a neighbouring folder shares
+    are copied. The same call writes the same bytes, on the same machine.
+    """
+    source, output = Path(ov_dir), Path(output_dir)
+    recipes = _check_optimize(source, output, preset)
+    prompts = []
+    if PRESETS[preset].needs_data:
+        num_samples = DEFAULT_NUM_SAMPLES if num_samples is None else num_samples
+        _check(_is_count(num_samples), "num_samples", num_samples, "a whole number from 1")
+        prompts = _choose_prompts(calibration_prompts, source, num_samples, seed)
+    data = _CalibrationData(source, output.parent / "calibration", prompts, num_samples, seed)
+
+    records = {name: _optimization_record(source, name, recipes[name], data) for name in PARTS}
+    output.mkdir(parents=True, exist_ok=True)
+    if not all(_is_optimized(output / name, records[name]) for name in PARTS):
+        (output / MODEL_INDEX).unlink(missing_ok=True)
+    for name, record in records.items():
+        if _is_optimized(output / name, record):
+            continue
+        twin = _find_twin(output, name, record)
+        with _staged(output / name) as folder:
+            if twin is not None:
+                shutil.copytree(twin, folder, dirs_exist_ok=True)
+            else:
+                _optimize_part(source, name, recipes[name], data, folder, progress=progress)
+                _write_record(folder, record)
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(source / name, output / name, dirs_exist_ok=True)
+    _write_json(_read_model_index(source), output / MODEL_INDEX)
+    return output
+
+
+def _check_optimize(source: Path, output: Path, preset: str) -> dict[str, Recipe]:
+    """Say in one line what is wrong, before anything is computed; return a recipe a model."""
+    if preset not in PRESETS:
+        choices = ", ".join(repr(name) for name in PRESETS)
+        raise ValueError(f"preset={preset!r} is unknown: use one of {choices}.")
+    if not source.is_dir():
+        raise FileNotFoundError(f"ov_dir={str(source)!r} is no folder: check the path.")
+    _read_model_index(source)
+    if not _is_openvino_folder(source):
+        raise ValueError(
+            f"ov_dir={str(source)!r} is not converted to OpenVINO yet: call convert_pipeline first."
+        )
+    _check_openvino_folder(source)
+    if output.is_file():
+        raise ValueError(f"output_dir={str(output)!r} is a file: name a folder.")
+    if output.resolve() == source.resolve():
+        raise ValueError(f"output_dir={str(output)!r} is the source folder: choose another.")
+    for name in PARTS:
+        if _is_quantized(_read_ir(source / name)):
+            raise ValueError(
+                f"ov_dir={str(source)!r} is quantized already (its {name} is): start from a "
+                "folder of convert_pipeline with weight_format='fp16'."
+            )
+    return {name: getattr(PRESETS[preset], name) for name in PARTS}
+
+
+def _read_ir(folder: Path) -> ov.Model:
+    return OVPixArtAlphaPipeline.load_model(folder / IR_NAME)
+
+
+def _is_quantized(model: ov.Model) -> bool:
+    """Whether a matrix of the model is stored in 8 bits or less, or activations are rounded."""
+    small = {ov.Type.i8, ov.Type.u8, ov.Type.i4, ov.Type.u4, ov.Type.nf4, ov.Type.f8e4m3}
+    return any(
+        op.get_type_name() == "FakeQuantize"
+        or (
+            op.get_type_name() == "Constant"
+            and op.get_element_type() in small
+            and len(op.shape) > 1
+        )
+        for op in model.get_ops()
+    )
+
+
+# ---- one model ----------------------------------------------------------------------------------
+
+
+def _optimize_part(
+    source: Path,
+    name: str,
+    recipe: Recipe,
+    data: "_CalibrationData",
+    folder: Path,
+    *,
+    progress: bool,
+) -> None:
+    """Apply a recipe to one model of `source` and write it to `folder`."""
+    shutil.copy(source / name / "config.json", folder)
+    if recipe.weights is None and not recipe.options:
+        for file in (IR_NAME, IR_NAME.replace(".xml", ".bin")):
+            shutil.copy(source / name / file, folder)
+        return
+    samples = data.samples(name, progress=progress) if recipe.needs_data else []
+    model = _read_ir(source / name)
+    config = _read_config(source / name / "config.json")
+    passes = recipe.scale_estimation + recipe.activations * (1 + (recipe.smooth_quant >= 0))
+    with (
+        tqdm(total=passes * len(samples), unit="sample", disable=not progress) as bar,
+        _quiet(),
+        contextlib.redirect_stdout(None),  # NNCF draws tables and bars of its own
+    ):
+        bar.set_description(f"Optimising {name}")
+        model = _apply_recipe(model, recipe, config, samples, bar.update)
+    store_runtime_options(model, **dict(recipe.options))
+    ov.save_model(model, folder / IR_NAME)
+
+
+def _apply_recipe(
+    model: ov.Model,
+    recipe: Recipe,
+    config: dict[str, Any],
+    samples: list[dict[str, np.ndarray]],
+    on_sample: Callable[[], Any],
+) -> ov.Model:
+    """Weights of what keeps floating activations first, then all that computes in integers."""
+
+    def count(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        on_sample()
+        return sample
+
+    dataset = nncf.Dataset(samples, count) if samples else None
+    floating = _layers(model, recipe.floating)
+    if not recipe.activations:
+        return _compress_layers(model, recipe, config, floating, dataset)
+    spared = _layers(model, recipe.weights_only)
+    if spared:
+        integers = _layers(model, (r"/(MatMul|Convolution|Gather)",)) - spared
+        model = _compress_layers(model, recipe, config, integers | floating, dataset)
+    smooth_quant = nncf.AdvancedSmoothQuantParameters(matmul=recipe.smooth_quant)
+    return nncf.quantize(
+        model,
+        dataset,
+        subset_size=len(samples),
+        model_type=nncf.ModelType.TRANSFORMER if recipe.is_transformer else None,
+        ignored_scope=_scope(spared | floating),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smooth_quant),
+    )
+
+
+def _layers(model: ov.Model, patterns: tuple[str, ...]) -> set[str]:
+    """Names of the operations that a recipe means."""
+    names = (op.get_friendly_name() for op in model.get_ops() if op.get_type_name() != "Constant")
+    return {name for name in names if any(re.search(pattern, name) for pattern in patterns)}
+
+
+def _scope(names: set[str]) -> nncf.IgnoredScope:
+    return nncf.IgnoredScope(names=sorted(names), validate=False)
+
+
+def _compress_layers(
+    model: ov.Model,
+    recipe: Recipe,
+    config: dict[str, Any],
+    ignored: set[str],
+    dataset: nncf.Dataset | None,
+) -> ov.Model:
+    """Store weights as integers, apart from those of the `ignored` layers."""
+    if recipe.weights == "int8":
+        mode = nncf.CompressWeightsMode.INT8_ASYM
+        return nncf.compress_weights(model, mode=mode, ignored_scope=_scope(ignored))
+    return nncf.compress_weights(
+        model,
+        mode=nncf.CompressWeightsMode.INT4_SYM,
+        ratio=1.0,
+        group_size=_int4_group_size(SimpleNamespace(**config)),
+        backup_mode=nncf.BackupMode.INT8_ASYM,
+        ignored_scope=_scope(ignored),
+        dataset=dataset,
+        scale_estimation=recipe.scale_estimation,
+        advanced_parameters=nncf.AdvancedCompressionParameters(
+            group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE
+        ),
+    )
+
+
+# ---- what has been done already -----------------------------------------------------------------
+
+_RECORD = "optimization.json"
+
+
+def _optimization_record(
+    source: Path, name: str, recipe: Recipe, data: "_CalibrationData"
+) -> dict[str, Any]:
+    """All that decides what an optimised model looks like, for `_is_optimized` to compare."""
+    record = {
+        "recipe": asdict(recipe),
+        "source": _ir_print(source / name),
+        "calibration": data.key if recipe.needs_data else None,
+        "nncf": nncf.__version__,
+    }
+    return json.loads(json.dumps(record))  # tuples are lists from here on, as in the file
+
+
+def _ir_print(folder: Path) -> dict[str, list[int]]:
+    """Names, sizes and times of an IR's files: enough to see that it is another one."""
+    files = sorted(folder.glob("openvino_model.*"))
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    files = {file.name: file.stat().st_size for file in folder.iterdir()}
+    (folder / _RECORD).write_text(json.dumps({**record, "files": files}, indent=1))
+
+
+def _is_optimized(folder: Path, record: dict[str, Any]) -> bool:
+    """Whether `folder` holds a whole model that was made as `record` says."""
+    try:
+        found = json.loads((folder / _RECORD).read_text())
+        sizes = {name: (folder / name).stat().st_size for name in found["files"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return found == {**record, "files": sizes}
+
+
+def _find_twin(output: Path, name: str, record: dict[str, Any]) -> Path | None:
+    """The same model in a neighbouring folder, if another preset has made it already."""
+    neighbours = sorted(output.parent.glob(f"*/{name}/{_RECORD}"))
+    return next((file.parent for file in neighbours if _is_optimized(file.parent, record)), None)
+
+
+# ---- what models see while pictures are drawn ---------------------------------------------------
+
+
+def load_calibration_prompts(
+    source: str | Path,
+    *,
+    column: str = "caption",
+    split: str = "train",
+    num: int | None = None,
+    **kwargs,
+) -> list[str]:
+    """Read captions from a file (csv, json lines, parquet, txt) or a Hugging Face data set.
+
+    `column` holds the captions (of a txt file: its lines). `num`: how many to read, all by
+    default. A data set is streamed, so that a few captions of a huge one cost little; `kwargs`
+    go to `datasets.load_dataset` (`name`, `revision`, `token`...), but no code of its is run.
+    """
+    if num is not None:
+        _check(_is_count(num), "num", num, "a whole number from 1")
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError("trust_remote_code=True is not supported: choose a data set without code.")
+    file = Path(source)
+    if file.is_file():
+        rows, column = _read_rows(file, column)
+    elif file.suffix in _READERS:
+        raise FileNotFoundError(f"source={str(file)!r} is not there: check the path.")
+    else:
+        rows = datasets.load_dataset(str(source), split=split, streaming=True, **kwargs)
+    captions = []
+    for row in itertools.islice(rows, num):
+        if column not in row:
+            columns = ", ".join(repr(name) for name in row)
+            raise ValueError(f"column={column!r} is not in {str(source)!r}: it has {columns}.")
+        captions.append(str(row[column]))
+    return captions
+
+
+_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+def _read_rows(file: Path, column: str) -> tuple[Iterable[dict[str, Any]], str]:
+    """The rows of a local file, and the name of the column of captions."""
+    if file.suffix not in _READERS:
+        raise ValueError(f"source={str(file)!r} cannot be read: use one of {', '.join(_READERS)}.")
+    kind = _READERS[file.suffix]
+    # Dataset.from_csv and its like, not load_dataset: that one counts downloads, over the network.
+    reader = getattr(datasets.Dataset, f"from_{kind}")
+    with tempfile.TemporaryDirectory() as cache, _quiet():
+        bars = datasets.are_progress_bars_disabled()
+        datasets.disable_progress_bars()
+        try:
+            rows = reader(str(file), cache_dir=cache, keep_in_memory=True).to_list()
+        finally:
+            if not bars:
+                datasets.enable_progress_bars()
+    return rows, "text" if kind == "text" else column
+
+
+def _choose_prompts(
+    calibration_prompts: str | Path | list[str] | None, source: Path, num_samples: int, seed: int
+) -> list[str]:
+    """Draw as many different captions as calibration takes."""
+    if calibration_prompts is None:
+        # T5-XXL reads English, a small text encoder was taught one grammar of scenes.
+        width = _read_config(source / "text_encoder" / "config.json").get("d_model", 4096)
+        name = "natural-calibration.csv" if width >= 4096 else "pixart-tiny-calibration.csv"
+        calibration_prompts = CAPTIONS / name
+    if isinstance(calibration_prompts, str | Path):
+        num = None if Path(calibration_prompts).is_file() else 10 * num_samples
+        calibration_prompts = load_calibration_prompts(calibration_prompts, num=num)
+    rule = "captions: a list of strings, or a file or data set for load_calibration_prompts"
+    _check(_is_captions(calibration_prompts), "calibration_prompts", calibration_prompts, rule)
+    captions = sorted({caption.strip() for caption in calibration_prompts} - {""})
+    needed = math.ceil(num_samples / _SAMPLES_PER_PICTURE)
+    if len(captions) < needed:
+        raise ValueError(
+            f"calibration_prompts has {len(captions)} different captions, too few for "
+            f"num_samples={num_samples}: give {needed} or more, or lower num_samples."
+        )
+    return random.Random(seed).sample(captions, needed)
+
+
+def _is_captions(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(v, str) for v in value)
+
+
+class _CalibrationData:
+    """Inputs of the three models, recorded while the source pipeline draws pictures.
+
+    Recorded when first asked for, and kept on disk in half precision, which ranges do not feel.
+    """
+
+    def __init__(self, source: Path, folder: Path, prompts: list[str], num: int | None, seed: int):
+        self.source, self.folder, self.prompts = source, folder, prompts
+        self.num_samples, self.seed = num, seed
+        facts = [prompts, num, seed, *(_ir_print(source / name) for name in PARTS)]
+        self.key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def samples(self, name: str, *, progress: bool) -> list[dict[str, np.ndarray]]:
+        """What to feed one model with: a list of its inputs by name."""
+        if name == "text_encoder":
+            return [_tokenize(self.source, prompt) for prompt in self.prompts]
+        pictures = self._pictures(progress=progress)
+        if name == "vae_decoder":
+            return [{"latent_sample": picture["latent_sample"]} for picture in pictures]
+        calls = [
+            {key: value[step] if key in _BY_STEP else value for key, value in picture.items()}
+            for picture in pictures
+            for step in range(len(picture["timestep"]))
+        ]
+        for call in calls:
+            del call["latent_sample"]
+        return calls[: self.num_samples]
+
+    def _pictures(self, *, progress: bool) -> list[dict[str, np.ndarray]]:
+        file = self.folder / f"{self.key}.npz"
+        if not file.is_file():
+            self._record(file, progress=progress)
+        pictures: list[dict[str, np.ndarray]] = [{} for _ in self.prompts]
+        with np.load(file, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                index, key = name.split("/")
+                value = arrays[name]
+                is_half = value.dtype == np.float16
+                pictures[int(index)][key] = value.astype(np.float32) if is_half else value
+        return pictures
+
+    def _record(self, file: Path, *, progress: bool) -> None:
+        """Draw one picture a prompt, several aspect ratios in turn, up to the final latents."""
+        settings = default_settings(self.source)
+        loaders = {"α": OVPixArtAlphaPipeline, "Σ": OVPixArtSigmaPipeline}
+        is_alpha = _family(_read_model_index(self.source)) == "PixArtAlphaPipeline"
+        pipeline = loaders["α" if is_alpha else "Σ"].from_pretrained(self.source, compile=False)
+        pipeline.set_progress_bar_config(disable=True)
+        sizes = _calibration_sizes(pipeline, settings)
+        arrays = {}
+        with tqdm(
+            self.prompts, desc="Drawing for calibration", unit="picture", disable=not progress
+        ) as bar:
+            for i, prompt in enumerate(bar):
+                height, width = sizes[i % len(sizes)]
+                picture = _record_picture(
+                    pipeline,
+                    prompt=prompt,
+                    height=height,
+                    width=width,
+                    num_inference_steps=settings.num_inference_steps,
+                    guidance_scale=settings.guidance_scale,
+                    generator=torch.Generator().manual_seed(self.seed + i),
+                    first=i,
+                )
+                arrays |= {f"{i}/{key}": value for key, value in picture.items()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / f".partial-{file.name}"
+        np.savez(partial, **arrays)
+        os.replace(partial, file)
+
+
+_BY_STEP = ("hidden_states", "timestep")  # the other inputs stay the same for a whole picture
+_DTYPES = {"encoder_attention_mask": np.int64}  # the other inputs are float32
+
+
+def _record_picture(pipeline: _OVPixArtPipeline, *, first: int, **call) -> dict[str, np.ndarray]:
+    """Draw one picture and return the DiT's inputs at some of the steps, and the final latents.
+
+    The steps are spread evenly; `first` shifts them, so that pictures in a row see all of them.
+    `hidden_states` `(steps, B, 4, h, w)`, `timestep` `(steps, B)`, the rest as for the DiT.
+    """
+    calls: list[dict[str, np.ndarray]] = []
+    infer = pipeline.transformer._infer
+
+    def record(inputs: dict[str, torch.Tensor | None]) -> np.ndarray:
+        given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        calls.append({k: v.numpy().astype(_DTYPES.get(k, np.float32)) for k, v in given.items()})
+        return infer(inputs)
+
+    pipeline.transformer._infer = record
+    try:
+        latents = pipeline(output_type="latent", use_resolution_binning=False, **call).images
+    finally:
+        del pipeline.transformer._infer
+    count = min(_SAMPLES_PER_PICTURE, len(calls))
+    stride = len(calls) / count
+    chosen = [int(stride * (i + (first * 0.382) % 1)) for i in range(count)]
+    picture = {key: calls[0][key] for key in calls[0].keys() - set(_BY_STEP)}
+    for key in _BY_STEP:
+        picture[key] = np.stack([calls[step][key] for step in chosen])
+    scaling = pipeline.vae.config.scaling_factor
+    picture["latent_sample"] = (latents / scaling).numpy()
+    return {
+        key: value.astype(np.float16) if value.dtype == np.float32 and key != "timestep" else value
+        for key, value in sorted(picture.items())
+    }
+
+
+def _calibration_sizes(
+    pipeline: _OVPixArtPipeline, settings: GenerationDefaults
+) -> list[tuple[int, int]]:
+    """Heights and widths in pixels with about the model's own area, for a few aspect ratios."""
+    grid = pipeline._grid
+    sizes = []
+    for ratio in _CALIBRATION_RATIOS:
+        height = settings.height * math.sqrt(ratio)
+        width = settings.width / math.sqrt(ratio)
+        sizes.append((round(height / grid) * grid, round(width / grid) * grid))
+    return sizes
+
+
+def _tokenize(source: Path, prompt: str) -> dict[str, np.ndarray]:
+    """One caption as the text encoder gets it, `(1, L)` int64, without the padding."""
+    tokenizer = T5Tokenizer.from_pretrained(source / "tokenizer", local_files_only=True)
+    tokens = tokenizer(prompt.lower(), return_tensors="np")
+    return {key: tokens[key].astype(np.int64) for key in ("input_ids", "attention_mask")}
