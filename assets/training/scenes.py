@@ -222,6 +222,13 @@ def _canonical(word: str, words: dict[str, tuple[str, ...]]) -> str:
     return next(name for name, group in words.items() if word in group)
 
 
+def relation_position(caption: str) -> int:
+    """Index of the character where the relation's words start; the caption's length without one."""
+    found = list(_THING.finditer(caption))
+    relation = len(found) == 2 and _RELATION.search(caption, found[0].end(), found[1].start())
+    return relation.start() if relation else len(caption)
+
+
 def parse_caption(caption: str) -> Scene:
     """Reads a caption of this grammar back into its scene; what it leaves open is None.
 

@@ -419,32 +419,35 @@ def train_text_encoder(run: Run) -> None:
     """Trains T5 on text alone: a linear head on every token must tell the whole scene.
 
     PixArt takes a T5 that has read much text and freezes it. This is the same idea at this scale,
-    and the DiT that reads these features learns about five times faster for it.
+    and the DiT that reads these features learns about five times faster for it. Each token also
+    tells whether it stands behind the relation: without that hint the encoder stayed for hundreds
+    of steps at knowing all words but not which belong to which thing.
     """
     torch.manual_seed(SEED)
     tokenizer = make_tokenizer(run.folder / "tokenizer")
     encoder = make_text_encoder(len(tokenizer))
     questions = scene_questions()
-    head = torch.nn.Linear(encoder.config.d_model, sum(map(len, questions.values())))
+    sizes = [*(len(answers) for answers in questions.values()), 2]
+    head = torch.nn.Linear(encoder.config.d_model, sum(sizes))
     parameters = [*encoder.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
     parts = {"model": encoder, "head": head, "optimizer": optimizer}
     run.resume(**parts)
     for step, done in run.loop(lambda: run.save(**parts)):
         set_learning_rate(optimizer, warmup_cosine(done))
         rng = np.random.default_rng((SEED, 5, step))
-        pairs = [scene_and_caption(rng) for _ in range(64)]
-        said = [scenes.parse_caption(caption) for _, caption in pairs]
-        tokens = tokenizer([c for _, c in pairs], padding=True, return_tensors="pt")
+        captions = [scene_and_caption(rng)[1] for _ in range(64)]
+        tokens = tokenizer(captions, padding=True, return_tensors="pt", return_offsets_mapping=True)
         features = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-        answers = torch.tensor([scene_answers(scene) for scene in said])
-        loss, right = 0.0, []
-        logits = head(features).split([len(a) for a in questions.values()], dim=-1)
         valid = tokens.attention_mask.bool()
-        for i, logit in enumerate(logits):
-            target = answers[:, i, None].expand(valid.shape)[valid]
-            loss = loss + F.cross_entropy(logit[valid], target) / len(logits)
-            right.append((logit[valid].argmax(-1) == target).float().mean().item())
+        answers = torch.tensor([scene_answers(scenes.parse_caption(c)) for c in captions])
+        relation = torch.tensor([scenes.relation_position(c) for c in captions])
+        behind = (tokens.offset_mapping[..., 0] >= relation[:, None]).long()
+        targets = [*answers[:, :, None].expand(-1, -1, valid.shape[1]).unbind(1), behind]
+        loss, right = 0.0, []
+        for logit, target in zip(head(features).split(sizes, dim=-1), targets, strict=True):
+            loss = loss + F.cross_entropy(logit[valid], target[valid]) / len(sizes)
+            right.append((logit[valid].argmax(-1) == target[valid]).float().mean().item())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -639,7 +642,7 @@ def export(run: Run) -> None:
 # ----------------------------------------------------------------------------------------------
 
 STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
-    "text": (train_text_encoder, 1500),
+    "text": (train_text_encoder, 1000),
     "vae": (train_vae, 2800),
     "latents": (make_latents, 0),
     "dit-128": (train_dit_128, 2600),
