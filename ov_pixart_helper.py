@@ -4,6 +4,8 @@ The file reads in the order an image travels:
 
 1. **Convert**: text encoder, diffusion transformer (DiT) and VAE decoder become OpenVINO IR.
 2. **Run**: the three IRs take their places in diffusers' PixArt pipelines.
+3. **Optimise**: NNCF makes them smaller and faster, by one of a few presets.
+4. **Compare**: what that gained, what it cost, in numbers and pictures.
 
 Import this module before `openvino` or `nncf`: it switches their usage telemetry off.
 """
@@ -1273,16 +1275,18 @@ class Preset:
         return any(getattr(self, name).needs_data for name in PARTS)
 
 
-# The DiT computes its table of positions from the picture's size: sines of angles that 256 levels
-# cannot tell apart. It is a handful of numbers, and integers would gain nothing.
-_POSITIONS = (r"\.pos_embed/",)
+# Positions and timesteps become sines inside the DiT, of angles that 256 levels cannot tell apart.
+# It is a handful of numbers, and integers would gain nothing.
+_POSITIONS = (r"\.pos_embed/", r"\.sinusoids/")
+# CPUs compute this operation in floating point: rounded inputs would cost quality for no speed.
+_ATTENTION = (r"/ScaledDotProductAttention",)
 
 _INT8_TRANSFORMER = Recipe(
     weights="int8",
     activations=True,
     # One vector a step, spread over every pixel by each block: nothing to gain, much to lose.
     weights_only=(r"\.adaln_single\.",),
-    floating=_POSITIONS,
+    floating=(*_POSITIONS, *_ATTENTION),
     smooth_quant=0.5,
 )
 _INT8_VAE = Recipe(weights="int8", activations=True, is_transformer=False)
@@ -1309,9 +1313,7 @@ PRESETS = {
     "hybrid": Preset(
         "The published recipe: MatMul keeps floating activations, everything else loses them.",
         text_encoder=Recipe(weights="int4"),
-        transformer=Recipe(
-            weights="int8", activations=True, weights_only=(r"/MatMul", r"/Gather")
-        ),
+        transformer=Recipe(weights="int8", activations=True, weights_only=(r"/MatMul", r"/Gather")),
         vae_decoder=Recipe(weights="int8"),
     ),
 }
