@@ -473,30 +473,37 @@ def _fit_prompt(pipe: Any, text: str, model: ModelFacts) -> tuple[str, list[str]
         return "", []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # BeautifulSoup on prompts that look like addresses
-        cleaned = pipe._text_preprocessing(text, clean_caption=True)[0]
-    words = cleaned.split()
-    if not words:
-        return cleaned, ["Nothing the model can read is left of this prompt."]
-
-    def fits(count: int) -> bool:
-        # Longer than any limit, so that the tokenizer neither cuts nor warns.
-        ids = pipe.tokenizer(" ".join(words[:count]), truncation=True, max_length=1 + limit)
-        return len(ids.input_ids) <= limit
-
+        cleaned = " ".join(pipe._text_preprocessing(text, clean_caption=True)[0].split())
+    if not cleaned:
+        return "", ["Nothing that the model can read is left of this prompt."]
     limit = model.max_tokens
-    if fits(len(words)):
-        return cleaned, []
-    low, high = 0, min(len(words), limit)  # a word is at least one token
+
+    def tokens(part: str) -> list[int]:
+        # One more than the limit tells enough, and the tokenizer does not warn.
+        return pipe.tokenizer(part, truncation=True, max_length=limit + 1).input_ids
+
+    if len(tokens(cleaned)) <= limit:
+        return cleaned, _unknown_words(pipe, cleaned, tokens)
+    low, high = 0, len(cleaned)  # the longest beginning that fits, in characters
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    left_out = " ".join(words[low:])
-    excerpt = left_out[:40] + ("…" if len(left_out) > 40 else "")
-    kept = " ".join(words[: max(low, 1)])
-    return kept, [
-        f"The model reads {limit} tokens: only the first {low} of {len(words)} words were used, "
-        f"“{excerpt}” and what follows was left out."
-    ]
+        low, high = (middle, high) if len(tokens(cleaned[:middle])) <= limit else (low, middle)
+    kept = cleaned[:low]
+    if " " in kept and cleaned[low] != " ":
+        kept = kept.rpartition(" ")[0]
+    left_out = cleaned[len(kept) :].strip()
+    excerpt = left_out[:40].strip() + ("…" if len(left_out) > 40 else "")
+    said = f"The model reads {limit} tokens: the prompt was cut before “{excerpt}”."
+    return kept, [said, *_unknown_words(pipe, kept, tokens)]
+
+
+def _unknown_words(pipe: Any, text: str, tokens: Callable[[str], list[int]]) -> list[str]:
+    """Says which words the model's vocabulary does not have."""
+    unknown = getattr(pipe.tokenizer, "unk_token_id", None)
+    if unknown is None or unknown not in tokens(text):
+        return []
+    words = [word for word in dict.fromkeys(text.split()) if unknown in tokens(word)]
+    return [f"Not in this model's vocabulary: {', '.join(words[:8])}."]
 
 
 def _release_memory() -> None:
@@ -714,7 +721,8 @@ CSS = """
 }
 .stage .links { display: flex; flex: none; gap: 0.9rem; font-weight: 400; }
 .stage .spoken {
-  position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; clip-path: inset(50%);
+  position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden;
+  clip-path: inset(50%);
 }
 .stage .links a { color: var(--link-text-color); text-decoration: underline; }
 
