@@ -11,6 +11,7 @@ Import this module before `openvino` or `nncf`: it switches their usage telemetr
 """
 
 import contextlib
+import functools
 import gc
 import hashlib
 import inspect
@@ -19,18 +20,21 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
 import shutil
 import sys
 import tempfile
+import textwrap
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 # ==================================================================================================
@@ -73,16 +77,22 @@ def _quiet() -> Iterator[None]:
 _opt_out_of_telemetry()
 with _quiet():
     import datasets
+    import matplotlib.pyplot as plt
     import nncf
     import numpy as np
     import openvino as ov
     import pandas as pd
+    import psutil
     import torch
     from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtSigmaPipeline
     from diffusers import PixArtTransformer2DModel as PixArtTransformer
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
     from openvino.frontend.pytorch.patch_model import (
         __make_16bit_traceable as make_16bit_traceable,
     )
@@ -90,7 +100,9 @@ with _quiet():
     from optimum.exporters.openvino.model_configs import T5EncoderOpenVINOConfig
     from optimum.intel.openvino import modeling_diffusion as ov_diffusion
     from optimum.intel.openvino.modeling_diffusion import OVDiffusionPipeline, OVPipelinePart
+    from PIL import Image
     from safetensors import SafetensorError, safe_open
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
     from tqdm.auto import tqdm
     from transformers import T5EncoderModel, T5Tokenizer
 
@@ -550,18 +562,24 @@ def _fetch(model_id, revision, cache_dir, token, local_files_only) -> Path:
         )
     folders = {part.folder for part in PARTS.values()} | set(PARTS)
     weights = [f"{folder}/{kind}" for folder in folders for kind in ("*.safetensors", "openvino*")]
-    return Path(
-        snapshot_download(
+    try:
+        folder = snapshot_download(
             str(model_id),
             revision=revision,
             cache_dir=cache_dir,
             token=token,
             local_files_only=local_files_only,
             allow_patterns=[*weights, "*.json", "tokenizer/spiece.model"],
-            # Second copies of the weights; `.fp16.` and the like. Millions of bytes, unused.
+            # second copies of the weights in other precisions: gigabytes that nobody would read
             ignore_patterns=["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*"],
         )
-    )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"model_id={str(model_id)!r} is no folder here and cannot be fetched from Hugging "
+            f"Face: check its name, the connection and, for a gated model, token= ({reason})"
+        ) from error
+    return Path(folder)
 
 
 def _read_model_index(folder: Path) -> dict:
@@ -896,6 +914,7 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
                     f"{str(kwargs.get('model_save_dir'))!r} has no {name}/{IR_NAME}: "
                     "run convert_pipeline once more to finish the folder."
                 )
+        _check_device(kwargs.get("device", "CPU"))
         # Compile later (unless all is compiled already): the transformer is about to be replaced.
         super().__init__(*args, compile=compile and kwargs.get("compile_only", False), **kwargs)
         self.transformer = OVPixArtTransformer(self.transformer.model, self, "transformer")
@@ -998,6 +1017,13 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         """Float32: what goes in and comes out, whatever precision the device computes in."""
         return torch.float32
 
+    def to(self, *args, device: str | None = None, **kwargs) -> "_OVPixArtPipeline":
+        """Move to another device, as in `to("GPU")`; the next call compiles for it."""
+        for name in (*args, device):
+            if isinstance(name, str):
+                _check_device(name)
+        return super().to(*args, device=device, **kwargs)
+
     # -- static shapes --
 
     @property
@@ -1032,6 +1058,9 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         for name, value in {"height": height, "width": width}.items():
             rule = f"{self._grid_rule()}, or -1"
             _check(self._fits_grid(value) or value == -1, name, value, rule)
+        if max_sequence_length is not None:
+            rule = "a whole number from 1"
+            _check(_is_count(max_sequence_length), "max_sequence_length", max_sequence_length, rule)
 
         self.is_dynamic = -1 in {batch_size, height, width, num_images_per_prompt}
         tokens = max_sequence_length or (-1 if self.is_dynamic else self._family_tokens)
@@ -1098,7 +1127,9 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         prompts = 1 if isinstance(prompt, str) else len(prompt)
         if isinstance(negative, list) and call["guidance_scale"] > 1:
             fits = _is_text(negative) and len(negative) == prompts
-            _check(fits, "negative_prompt", negative, f"one string, or {prompts}, one a prompt")
+            _check(
+                fits, "negative_prompt", negative, f"a string or a list of {prompts}, as prompt is"
+            )
         return prompts
 
     def _apply_static_shapes(self, call: dict[str, Any], prompts: int) -> None:
@@ -1107,8 +1138,8 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         if not static:
             return
         if "prompts" in static:
-            rule = f"{static['prompts']} of them, as reshape has fixed, or reshape again"
-            _check(prompts == static["prompts"], "prompt", f"{prompts} prompts", rule)
+            rule = f"{static['prompts']}, as reshape has fixed, or reshape again"
+            _check(prompts == static["prompts"], "number of prompts", prompts, rule)
         if "pictures" in static:
             static["num_images_per_prompt"] = static["pictures"] // prompts
         for name in ("height", "width", "num_images_per_prompt", "max_sequence_length"):
@@ -1197,6 +1228,13 @@ def _check_openvino_folder(folder: Path) -> None:
                     f"{str(folder)!r} has no {name}/{file}: run convert_pipeline(model_id, "
                     f"{str(folder)!r}) once more to finish it."
                 )
+
+
+def _check_device(device: str) -> None:
+    """The device, or the first of several as in "AUTO:GPU,CPU", must be one that OpenVINO has."""
+    here = {name.split(".")[0] for name in ov.Core().available_devices}
+    known = re.split("[:.(]", str(device).upper())[0] in here | {"AUTO", "HETERO", "MULTI", "BATCH"}
+    _check(known, "device", device, f"one of {sorted(here)} on this machine, or AUTO")
 
 
 def _reshape(model: ov.Model, **inputs: dict[int, int]) -> None:
@@ -1295,7 +1333,11 @@ PRESETS = {
     "int8-weights": Preset(
         "Half the size and no data needed; the DiT's activations are rounded as they come.",
         text_encoder=Recipe(weights="int8"),
-        transformer=Recipe(weights="int8", options=(("DYNAMIC_QUANTIZATION_GROUP_SIZE", 128),)),
+        transformer=Recipe(
+            weights="int8",
+            floating=_POSITIONS,
+            options=(("DYNAMIC_QUANTIZATION_GROUP_SIZE", 128),),
+        ),
         vae_decoder=Recipe(weights="int8"),
     ),
     "int8": Preset(
@@ -1313,7 +1355,12 @@ PRESETS = {
     "hybrid": Preset(
         "The published recipe: MatMul keeps floating activations, everything else loses them.",
         text_encoder=Recipe(weights="int4"),
-        transformer=Recipe(weights="int8", activations=True, weights_only=(r"/MatMul", r"/Gather")),
+        transformer=Recipe(
+            weights="int8",
+            activations=True,
+            weights_only=(r"/MatMul", r"/Gather"),
+            floating=_POSITIONS,
+        ),
         vae_decoder=Recipe(weights="int8"),
     ),
 }
@@ -1777,3 +1824,496 @@ def _tokenize(source: Path, prompt: str) -> dict[str, np.ndarray]:
     tokenizer = T5Tokenizer.from_pretrained(source / "tokenizer", local_files_only=True)
     tokens = tokenizer(prompt.lower(), return_tensors="np")
     return {key: tokens[key].astype(np.int64) for key in ("input_ids", "attention_mask")}
+
+
+# ==================================================================================================
+# 4. Compare
+# ==================================================================================================
+
+
+def compare_pipelines(
+    pipelines: dict[str, str | Path],
+    prompts: str | list[str],
+    *,
+    seeds: int | list[int],
+    num_inference_steps: int | None = None,
+    guidance_scale: float | None = None,
+    scorer: Callable[[list[Image.Image], list[str]], list[float]] | None = None,
+    reference: str | None = None,
+) -> "Comparison":
+    """Let several pipelines draw the same pictures, and measure what each takes and how it fares.
+
+    `pipelines`: a label for each folder, OpenVINO or diffusers (that one runs in torch float32).
+    `seeds`: one for each prompt, or one for all; one prompt may also have several seeds. Steps and
+    guidance: those of `reference`'s checkpoint by default. `reference`: the label whose pictures
+    the others are held against, by default the first. `scorer(pictures, prompts)` returns one
+    number a picture, the higher the better.
+
+    Each pipeline lives in a process of its own, so that its memory can be told, and they take
+    turns, so that a machine that slows down slows all of them. One short picture warms up first.
+    """
+    folders = {label: Path(folder) for label, folder in pipelines.items()}
+    reference = next(iter(folders), None) if reference is None else reference
+    pairs = _check_compare(folders, prompts, seeds, reference)
+    settings = default_settings(folders[reference])
+    steps = settings.num_inference_steps if num_inference_steps is None else num_inference_steps
+    scale = settings.guidance_scale if guidance_scale is None else guidance_scale
+    call = {"num_inference_steps": steps, "guidance_scale": scale}
+    turns: dict[str, list[_Turn]] = {label: [] for label in folders}
+    with (
+        contextlib.ExitStack() as stack,
+        tqdm(total=(1 + len(pairs)) * len(folders), unit="picture") as bar,
+    ):
+        workers = {label: stack.enter_context(_worker(label, folders[label])) for label in folders}
+        for label, worker in workers.items():
+            bar.set_description(f"Warming up {label}")
+            worker.draw(*pairs[0], **{**call, "num_inference_steps": min(2, steps)})
+            bar.update()
+        for prompt, seed in pairs:
+            for label, worker in workers.items():
+                bar.set_description(f"Drawing with {label}")
+                turns[label].append(worker.draw(prompt, seed, **call))
+                bar.update()
+    sizes = {label: _sizes_mb(folder) for label, folder in folders.items()}
+    return _evaluate(turns, sizes, pairs, reference, scorer)
+
+
+def _check_compare(
+    folders: dict[str, Path],
+    prompts: str | list[str],
+    seeds: int | list[int],
+    reference: str | None,
+) -> list[tuple[str, int]]:
+    """Say in one line what is wrong, before a process is started; return (prompt, seed) pairs."""
+    _check(bool(folders), "pipelines", folders, "at least one label with its folder")
+    labels = ", ".join(repr(label) for label in folders)
+    _check(reference in folders, "reference", reference, f"one of the labels {labels}")
+    for label, folder in folders.items():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"pipelines[{label!r}]={str(folder)!r} is no folder.")
+        _read_model_index(folder)
+        check = _check_openvino_folder if _is_openvino_folder(folder) else _check_torch_folder
+        check(folder)
+    _check(_is_text(prompts), "prompts", prompts, "a string or a list of at least one string")
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    if len(prompts) == 1:
+        prompts = prompts * len(seeds)
+    if len(seeds) == 1:
+        seeds = seeds * len(prompts)
+    rule = f"one whole number, or one for each of the {len(prompts)} prompts"
+    fits = all(isinstance(seed, int) for seed in seeds) and len(seeds) == len(prompts) > 0
+    _check(fits, "seeds", seeds, rule)
+    return list(zip(prompts, seeds, strict=True))
+
+
+# ---- one process a pipeline ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """One picture, what its stages took, and the most memory its process has used so far."""
+
+    picture: Image.Image
+    total_s: float
+    text_encoder_s: float  # prompt and negative prompt together
+    step_s: list[float]  # one number a call of the DiT
+    vae_decoder_s: float
+    peak_memory_mb: float
+
+
+class _Worker:
+    """The near end of a process that holds one pipeline."""
+
+    def __init__(self, label: str, process: Any, connection: Any):
+        self.label, self.process, self.connection = label, process, connection
+
+    def draw(self, prompt: str, seed: int, **call) -> _Turn:
+        """Have one picture drawn; raises RuntimeError with what went wrong at the far end."""
+        with contextlib.suppress(BrokenPipeError):
+            self.connection.send({"prompt": prompt, "seed": seed, **call})
+        while not self.connection.poll(0.5):
+            if not self.process.is_alive() and not self.connection.poll():
+                raise RuntimeError(self._obituary())
+        try:
+            answer = self.connection.recv()
+        except EOFError:
+            raise RuntimeError(self._obituary()) from None
+        if isinstance(answer, str):
+            raise RuntimeError(f"{self.label!r} failed: {answer}")
+        return answer
+
+    def _obituary(self) -> str:
+        self.process.join(5)
+        return (
+            f"{self.label!r} died (exit code {self.process.exitcode}), perhaps for want of "
+            "memory: compare fewer pipelines at a time."
+        )
+
+
+@contextlib.contextmanager
+def _worker(label: str, folder: Path) -> Iterator[_Worker]:
+    """Start a process for one pipeline, and end it when all is drawn."""
+    context = multiprocessing.get_context("spawn")
+    near, far = context.Pipe()
+    process = context.Process(target=_serve, args=(far, str(folder)), daemon=True)
+    with _no_main_module():
+        process.start()
+    far.close()
+    try:
+        yield _Worker(label, process, near)
+        near.send(None)
+        process.join(10)
+    finally:
+        process.kill()
+        process.join()
+        near.close()
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Let a process start without running the caller's script or notebook kernel once more.
+
+    All it needs is in this module. (Python's own way asks every script that calls us for an
+    `if __name__ == "__main__"`, and runs it again in every process.)
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _serve(connection: Any, folder: str) -> None:
+    """The far end: draw what is asked for, until None comes. Failures go back as text."""
+    with (
+        contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt),
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        _quiet(),
+    ):
+        artist = None
+        while (call := connection.recv()) is not None:
+            try:
+                artist = artist or _Artist(Path(folder))
+                connection.send(artist.draw(**call))
+            except Exception as error:
+                connection.send(f"{type(error).__name__}: {error}")
+
+
+class _Artist:
+    """A pipeline, OpenVINO or torch, with a stopwatch at each of its three models."""
+
+    def __init__(self, folder: Path):
+        self.pipeline = _load_pipeline(folder)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.seconds: dict[str, list[float]] = {}
+        for stage, model, method in (
+            ("text_encoder", self.pipeline.text_encoder, "forward"),
+            ("transformer", self.pipeline.transformer, "forward"),
+            ("vae_decoder", self.pipeline.vae, "decode"),
+        ):
+            setattr(model, method, self._timed(stage, getattr(model, method)))
+
+    def _timed(self, stage: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds.setdefault(stage, []).append(time.perf_counter() - start)
+            return result
+
+        return timed
+
+    def draw(self, prompt: str, seed: int, **call) -> _Turn:
+        self.seconds.clear()
+        start = time.perf_counter()
+        generator = torch.Generator().manual_seed(seed)
+        picture = self.pipeline(prompt, generator=generator, **call).images[0]
+        return _Turn(
+            picture=picture,
+            total_s=time.perf_counter() - start,
+            text_encoder_s=sum(self.seconds["text_encoder"]),
+            step_s=self.seconds["transformer"],
+            vae_decoder_s=sum(self.seconds["vae_decoder"]),
+            peak_memory_mb=_peak_memory_mb(),
+        )
+
+
+def _load_pipeline(folder: Path) -> Any:
+    """An OpenVINO pipeline as `from_pretrained` gives it, or a torch one in float32."""
+    is_alpha = _family(_read_model_index(folder)) == "PixArtAlphaPipeline"
+    if _is_openvino_folder(folder):
+        return (OVPixArtAlphaPipeline if is_alpha else OVPixArtSigmaPipeline).from_pretrained(
+            folder
+        )
+    modules = {
+        part.folder: _load_part(folder / part.folder, part.loader).float()
+        for part in PARTS.values()
+    }
+    tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    family = PixArtAlphaPipeline if is_alpha else PixArtSigmaPipeline
+    return family.from_pretrained(folder, local_files_only=True, tokenizer=tokenizer, **modules)
+
+
+def _peak_memory_mb() -> float:
+    """The most memory that this process has held at a time, Python and its libraries included."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux; `getrusage` there counts what the parent had before `exec`
+        peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if peak:
+            return int(peak.group(1)) * 1024 / 1e6
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 1e6
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _sizes_mb(folder: Path) -> dict[str, float]:
+    """Millions of bytes on disk, a model; of a torch folder, the weights that are read."""
+    sizes = {}
+    for name, part in PARTS.items():
+        if _is_openvino_folder(folder):
+            files = list((folder / name).glob("openvino_model.*"))
+        else:
+            variant, _ = _stored_weights(folder / part.folder)
+            files = list((folder / part.folder).glob("*.safetensors"))
+            if variant is None:
+                pattern = re.compile(r"[\w-]+\.safetensors")
+                files = [file for file in files if pattern.fullmatch(file.name)]
+            else:
+                files = [file for file in files if f".{variant}" in file.name]
+        sizes[name] = sum(file.stat().st_size for file in files) / 1e6
+    return sizes
+
+
+# ---- what came out ------------------------------------------------------------------------------
+
+
+def _evaluate(
+    turns: dict[str, list[_Turn]],
+    sizes_mb: dict[str, dict[str, float]],
+    pairs: list[tuple[str, int]],
+    reference: str,
+    scorer: Callable[[list[Image.Image], list[str]], list[float]] | None,
+) -> "Comparison":
+    """Hold every picture against the reference's, and ask the scorer."""
+    prompts, seeds = [prompt for prompt, _ in pairs], [seed for _, seed in pairs]
+    pictures = {label: [turn.picture for turn in turns[label]] for label in turns}
+    likeness = {
+        label: [_likeness(a, b) for a, b in zip(drawn, pictures[reference], strict=True)]
+        for label, drawn in pictures.items()
+    }
+    return Comparison(
+        reference=reference,
+        prompts=prompts,
+        seeds=seeds,
+        pictures=pictures,
+        sizes_mb=sizes_mb,
+        turns=turns,
+        psnr_db={label: [psnr for psnr, _ in values] for label, values in likeness.items()},
+        ssim={label: [ssim for _, ssim in values] for label, values in likeness.items()},
+        scores={
+            label: [float(score) for score in scorer(drawn, prompts)] if scorer else []
+            for label, drawn in pictures.items()
+        },
+    )
+
+
+def _likeness(picture: Image.Image, reference: Image.Image) -> tuple[float, float]:
+    """PSNR in dB (infinite for equal pictures) and SSIM (1 for equal pictures)."""
+    a, b = np.asarray(picture), np.asarray(reference)
+    if a.shape != b.shape:
+        raise ValueError(
+            f"A picture of {picture.size} cannot be held against one of {reference.size}: "
+            "compare pipelines of one checkpoint."
+        )
+    same = np.array_equal(a, b)
+    psnr = math.inf if same else float(peak_signal_noise_ratio(b, a, data_range=255))
+    return psnr, float(structural_similarity(b, a, data_range=255, channel_axis=-1))
+
+
+_PANELS = {  # column of the table → title, unit, format of the numbers on the bars
+    "size_mb": ("Size on disk", "MB", "{:.1f}"),
+    "peak_memory_mb": ("Peak memory of the process", "MB", "{:.0f}"),
+    "total_s": ("Time for one picture", "s", "{:.2f}"),
+    "step_ms": ("Time for one step of the DiT", "ms", "{:.0f}"),
+    "psnr_db": ("Likeness to {reference} (PSNR)", "dB, more is closer", "{:.1f}"),
+    "ssim": ("Likeness to {reference} (SSIM)", "1 is equal", "{:.3f}"),
+    "score": ("Score of the pictures", "mean, more is better", "{:.3g}"),
+}
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
+_COLOURS = {
+    "text_encoder": "#E69F00",
+    "transformer": "#0072B2",
+    "vae_decoder": "#009E73",
+    "rest": "#999999",
+    "whole": "#56B4E9",
+}
+_PART_NAMES = {
+    "text_encoder": "text encoder",
+    "transformer": "DiT",
+    "vae_decoder": "VAE decoder",
+    "rest": "rest",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_pipelines` found out: a table, plots, pictures, and the numbers behind them.
+
+    Every dictionary goes by label; lists have one entry a picture, in the order of `prompts` and
+    `seeds`. `sizes_mb` has one entry a model.
+    """
+
+    reference: str
+    prompts: list[str]
+    seeds: list[int]
+    pictures: dict[str, list[Image.Image]]
+    sizes_mb: dict[str, dict[str, float]]
+    turns: dict[str, list[_Turn]]
+    psnr_db: dict[str, list[float]]
+    ssim: dict[str, list[float]]
+    scores: dict[str, list[float]]
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a label: times and likeness are medians, the score is the mean of all pictures.
+
+        `size_mb`: the three models, in 10⁶ bytes. `text_encoder_ms`: prompt and negative prompt.
+        `step_ms`: one call of the DiT, guidance included. `total_s`: the whole picture.
+        `peak_memory_mb`: of the process, with about half a GB of libraries in it. `psnr_db` and
+        `ssim` hold against the reference, which is equal to itself: infinity and 1.
+        """
+        rows = {}
+        for label, turns in self.turns.items():
+            rows[label] = {
+                "size_mb": sum(self.sizes_mb[label].values()),
+                "text_encoder_ms": 1000 * _median(turn.text_encoder_s for turn in turns),
+                "step_ms": 1000 * _median(step for turn in turns for step in turn.step_s),
+                "vae_decoder_ms": 1000 * _median(turn.vae_decoder_s for turn in turns),
+                "total_s": _median(turn.total_s for turn in turns),
+                "peak_memory_mb": max(turn.peak_memory_mb for turn in turns),
+                "psnr_db": _median(self.psnr_db[label]),
+                "ssim": _median(self.ssim[label]),
+                "score": float(np.mean(self.scores[label])) if self.scores[label] else math.nan,
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").rename_axis("pipeline")
+
+    def plot(self) -> Figure:
+        """Bars for size, memory, time and quality, one panel each."""
+        table = self.to_dataframe()
+        names = ["size_mb", "peak_memory_mb", "total_s", "step_ms", "psnr_db"]
+        names.append("ssim" if table["score"].isna().all() else "score")
+        figure, axes = plt.subplots(
+            3, 2, figsize=(10, 3 * (1.1 + 0.32 * len(table))), facecolor="white", sharey=True
+        )
+        for ax, name in zip(axes.flat, names, strict=True):
+            title, unit, form = _PANELS[name]
+            _draw_bars(ax, table[name], self._shares(name), form)
+            ax.set_title(title.format(reference=self.reference), loc="left", fontsize=11)
+            ax.set_xlabel(unit)
+        axes.flat[0].invert_yaxis()  # shared: the first label on top, everywhere
+        handles = [Patch(color=_COLOURS[part], label=text) for part, text in _PART_NAMES.items()]
+        figure.legend(handles=handles, ncols=4, loc="lower center", frameon=False)
+        figure.tight_layout(rect=(0, 0.04, 1, 1))
+        return _shown_once(figure)
+
+    def _shares(self, name: str) -> dict[str, dict[str, float]] | None:
+        """What a bar is made of: label → model → number, for the columns that have shares."""
+        if name == "size_mb":
+            return self.sizes_mb
+        if name != "total_s":
+            return None
+        shares = {}
+        for label, turns in self.turns.items():
+            parts = {
+                "text_encoder": _median(turn.text_encoder_s for turn in turns),
+                "transformer": _median(sum(turn.step_s) for turn in turns),
+                "vae_decoder": _median(turn.vae_decoder_s for turn in turns),
+            }
+            total = _median(turn.total_s for turn in turns)
+            shares[label] = {**parts, "rest": max(0.0, total - sum(parts.values()))}
+        return shares
+
+    def show_images(
+        self, labels: list[str] | None = None, *, count: int = 3, amplification: float = 8
+    ) -> Figure:
+        """The first `count` pictures, the reference's beside the others'; below, the differences.
+
+        `labels`: which pipelines to show, all by default. A difference is grey where two pictures
+        agree; `amplification` says how much stronger than in truth it is drawn.
+        """
+        others = [label for label in labels or self.pictures if label != self.reference]
+        for label in others:
+            known = ", ".join(repr(name) for name in self.pictures)
+            _check(label in self.pictures, "labels", label, f"among {known}")
+        _check(_is_count(count), "count", count, "a whole number from 1")
+        columns = [self.reference, *others]
+        count = min(count, len(self.prompts))
+        aspect = self.pictures[self.reference][0].height / self.pictures[self.reference][0].width
+        width = min(3.2, 12 / len(columns))
+        figure, axes = plt.subplots(
+            2 * count,
+            len(columns),
+            figsize=(width * len(columns), 2 * count * (width * aspect + 0.25)),
+            facecolor="white",
+            squeeze=False,
+        )
+        for ax in axes.flat:
+            ax.axis("off")
+        for i in range(count):
+            top, bottom = axes[2 * i], axes[2 * i + 1]
+            truth = self.pictures[self.reference][i]
+            caption = textwrap.fill(f"“{self.prompts[i]}”, seed {self.seeds[i]}", int(width * 10))
+            bottom[0].text(0.5, 0.95, caption, ha="center", va="top", fontsize=9)
+            for column, label in enumerate(columns):
+                top[column].imshow(self.pictures[label][i])
+                top[column].set_title(label, fontsize=10)
+                if column:
+                    difference = _difference(self.pictures[label][i], truth, amplification)
+                    bottom[column].imshow(difference)
+                    title = f"difference × {amplification:g}, {self.psnr_db[label][i]:.1f} dB"
+                    bottom[column].set_title(title, fontsize=9)
+        figure.tight_layout()
+        return _shown_once(figure)
+
+
+def _median(values: Iterable[float]) -> float:
+    return float(np.median(list(values)))
+
+
+def _draw_bars(
+    ax: Axes, values: pd.Series, shares: dict[str, dict[str, float]] | None, form: str
+) -> None:
+    """Horizontal bars, one a label, with their numbers; an infinite one is the reference's."""
+    finite = values[np.isfinite(values)]
+    longest = float(finite.max()) if len(finite) else 1.0
+    for row, (label, value) in enumerate(values.items()):
+        if not np.isfinite(value):
+            ax.text(0.01 * longest, row, "equal" if value > 0 else "–", va="center", fontsize=9)
+            continue
+        left = 0.0
+        for part, share in (shares[label] if shares else {"whole": value}).items():
+            ax.barh(row, share, left=left, color=_COLOURS[part], height=0.7)
+            left += share
+        number = form.format(value)
+        ax.text(max(left, value) + 0.01 * longest, row, number, va="center", fontsize=9)
+    ax.set_yticks(range(len(values)), values.index)
+    ax.set_xlim(0, 1.18 * longest)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _difference(picture: Image.Image, reference: Image.Image, amplification: float) -> np.ndarray:
+    """`(H, W, 3)` uint8: grey where the two agree."""
+    a, b = np.asarray(picture, np.float32), np.asarray(reference, np.float32)
+    return np.clip(128 + amplification * (a - b), 0, 255).astype(np.uint8)
+
+
+def _shown_once(figure: Figure) -> Figure:
+    """Take a figure out of pyplot's hands: a notebook shows those and a cell's result, twice."""
+    plt.close(figure)
+    return figure
