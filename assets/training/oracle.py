@@ -18,7 +18,8 @@ from skimage.color import rgb2lab
 
 from assets.training import scenes
 
-MIN_CHROMA_DISTANCE = 17.0  # ab distance from the backdrop at which a pixel belongs to an object
+FAINT = 17.0  # distance in hue (ab) from the backdrop at which something is there at all
+VIVID = 26.0  # … and which an object reaches: no colour of the palette comes closer than 30
 MIN_OBJECT_AREA = 0.004  # of the short side squared; smaller specks are ignored
 MIN_OVERLAP = 0.84  # intersection over union with the best outline; torn shapes stay below
 SIZE_LIMIT = float(np.sqrt(scenes.SIZES["small"] * scenes.SIZES["large"]))
@@ -39,10 +40,14 @@ class ReadThing:
 
 @dataclass(frozen=True)
 class Reading:
-    """Everything read from one picture; `things` go from the largest to the smallest."""
+    """Everything read from one picture; `things` go from the largest to the smallest.
+
+    `blemishes` counts what is there and is no object: ghosts and blotches, too faint for a colour.
+    """
 
     things: tuple[ReadThing, ...]
     background: str
+    blemishes: int = 0
 
     def __str__(self) -> str:
         """Attributes in words, objects from left to right, as in "small red ring on white"."""
@@ -80,7 +85,7 @@ def _colour_references() -> dict[str, np.ndarray]:
     def inside(colour: str) -> np.ndarray:
         scene = scenes.Scene((scenes.Thing(colour, "square", "large"),), "gray")
         picture = rgb2lab(scenes.render(scene, 128, 128, np.random.default_rng(0)))
-        return np.median(picture[_object_mask(picture)], axis=0)
+        return np.median(picture[_distance_from_backdrop(picture) > FAINT], axis=0)
 
     return {colour: inside(colour) for colour in scenes.COLOURS}
 
@@ -106,14 +111,21 @@ def _border(lab: np.ndarray) -> np.ndarray:
     return np.concatenate([side.reshape(-1, 3) for side in sides])
 
 
-def _object_mask(lab: np.ndarray) -> np.ndarray:
-    """Pixels that differ in hue from the backdrop; shadows change only its lightness."""
+def _distance_from_backdrop(lab: np.ndarray) -> np.ndarray:
+    """How far each pixel's hue is from the backdrop's; shadows change only its lightness."""
     backdrop = np.median(_border(lab), axis=0)
     # Shade scales a colour's chroma with its lightness: compare with the backdrop's shaded hue.
     shade = np.clip(lab[..., 0] / max(backdrop[0], 1), 0, 1.1)[..., None]
     distance = np.linalg.norm(lab[..., 1:] - backdrop[1:] * shade, axis=-1)
-    mask = ndimage.median_filter((distance > MIN_CHROMA_DISTANCE).astype(np.uint8), size=3) > 0
-    return mask
+    return ndimage.median_filter(distance.astype(np.float32), size=3)
+
+
+def _outline_mask(distance: np.ndarray, component: np.ndarray) -> np.ndarray:
+    """The component up to where its hue is half gone: the edge, however soft; gloss filled in."""
+    mask = component & (distance > 0.5 * np.percentile(distance[component], 90))
+    holes, _ = ndimage.label(~mask)
+    sizes = np.bincount(holes.ravel())
+    return mask | (sizes < 0.04 * mask.sum())[holes]
 
 
 def _classify_outline(mask: np.ndarray) -> tuple[str, float, float]:
@@ -143,29 +155,37 @@ def read_picture(picture: Image.Image | np.ndarray) -> Reading:
     """Reads a picture, RGB uint8 of any size, into its objects and backdrop."""
     lab = rgb2lab(np.asarray(picture)[..., :3])
     short = min(lab.shape[:2])
-    labels, _ = ndimage.label(_object_mask(lab))
-    things = []
+    distance = _distance_from_backdrop(lab)
+    labels, _ = ndimage.label(distance > FAINT)
+    things, blemishes = [], 0
     for index, window in enumerate(ndimage.find_objects(labels), start=1):
-        mask = np.pad(labels[window] == index, 2)
-        if mask.sum() < MIN_OBJECT_AREA * short**2:
+        component = labels[window] == index
+        if component.sum() < MIN_OBJECT_AREA * short**2:
             continue
+        if np.percentile(distance[window][component], 90) < VIVID:
+            blemishes += 1
+            continue
+        mask = np.pad(_outline_mask(distance[window], component), 2)
         kind, radius, overlap = _classify_outline(mask)
-        core = ndimage.binary_erosion(labels == index, iterations=max(1, short // 64))
-        core = core if core.any() else labels == index
-        y, x = np.nonzero(labels == index)
+        core = ndimage.binary_erosion(mask, iterations=max(1, short // 64))
+        core = (core if core.any() else mask)[2:-2, 2:-2]
+        y, x = np.nonzero(mask)
+        top, left = window[0].start - 2, window[1].start - 2
         things.append(
             ReadThing(
-                colour=_nearest(np.median(lab[core], axis=0), _colour_references(), (0.5, 1, 1)),
+                colour=_nearest(
+                    np.median(lab[window][core], axis=0), _colour_references(), (0.5, 1, 1)
+                ),
                 kind=kind,
                 size="small" if radius / short < SIZE_LIMIT else "large",
-                x=float(x.mean() / short),
-                y=float(y.mean() / short),
+                x=float((x.mean() + left) / short),
+                y=float((y.mean() + top) / short),
                 radius=radius / short,
                 overlap=overlap,
             )
         )
     background = _nearest(np.median(_border(lab), axis=0), _background_references(), (1, 1, 1))
-    return Reading(tuple(sorted(things, key=lambda t: -t.radius)), background)
+    return Reading(tuple(sorted(things, key=lambda t: -t.radius)), background, blemishes)
 
 
 def _relation(first: ReadThing, second: ReadThing) -> str:
@@ -180,8 +200,7 @@ def _relation(first: ReadThing, second: ReadThing) -> str:
 # ----------------------------------------------------------------------------------------------
 
 
-def _match(scene: scenes.Scene, first: ReadThing, second: ReadThing | None) -> dict[str, bool]:
-    read = [first] if second is None else [first, second]
+def _match(scene: scenes.Scene, read: Sequence[ReadThing]) -> dict[str, bool]:
     attributes = {}
     for name in ("colour", "kind", "size"):
         attributes[name] = all(
@@ -189,8 +208,8 @@ def _match(scene: scenes.Scene, first: ReadThing, second: ReadThing | None) -> d
             for asked, got in zip(scene.things, read, strict=True)
         )
     attributes["clean"] = all(got.overlap >= MIN_OVERLAP for got in read)
-    if second is not None:
-        attributes["relation"] = _relation(first, second) == scene.relation
+    if scene.relation is not None:
+        attributes["relation"] = _relation(*read) == scene.relation
     return attributes
 
 
@@ -198,7 +217,7 @@ def score_caption(picture: Image.Image | np.ndarray, caption: str | scenes.Scene
     """Compares a picture with a caption of the grammar (or with a scene).
 
     Attributes: `count` (as many objects as asked for), `colour`, `kind`, `size` (each for all
-    objects at once), `clean` (every outline whole), `relation` (two objects only), `background`;
+    objects at once), `clean` (outlines whole, no ghosts), `relation` (two objects only), `background`;
     what the caption leaves open is not asked. Two objects are matched with the caption's in the
     order that gets most attributes right. With a wrong count, every attribute of objects counts
     as wrong.
@@ -214,11 +233,10 @@ def score_reading(reading: Reading, scene: scenes.Scene) -> Score:
     if not counted:
         names = ["colour", "kind", "size", "clean"] + ["relation"] * (len(scene.things) == 2)
         attributes = dict.fromkeys(names, False)
-    elif len(things) == 1:
-        attributes = _match(scene, things[0], None)
     else:
-        orders = (_match(scene, *things), _match(scene, *reversed(things)))
+        orders = [_match(scene, order) for order in {things, things[::-1]}]
         attributes = max(orders, key=lambda found: sum(found.values()))
+        attributes["clean"] &= reading.blemishes == 0
     attributes["count"] = counted
     if scene.background is not None:
         attributes["background"] = reading.background == scene.background
