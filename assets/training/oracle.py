@@ -217,10 +217,10 @@ def score_caption(picture: Image.Image | np.ndarray, caption: str | scenes.Scene
     """Compares a picture with a caption of the grammar (or with a scene).
 
     Attributes: `count` (as many objects as asked for), `colour`, `kind`, `size` (each for all
-    objects at once), `clean` (outlines whole, no ghosts), `relation` (two objects only), `background`;
-    what the caption leaves open is not asked. Two objects are matched with the caption's in the
-    order that gets most attributes right. With a wrong count, every attribute of objects counts
-    as wrong.
+    objects at once), `clean` (outlines whole, no ghosts), `relation` (two objects only) and
+    `background`; what the caption leaves open is not asked. Two objects are matched with the
+    caption's in the order that gets most attributes right. With a wrong count, every attribute of
+    objects counts as wrong.
     """
     scene = scenes.parse_caption(caption) if isinstance(caption, str) else caption
     return score_reading(read_picture(picture), scene)
