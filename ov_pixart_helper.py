@@ -1270,6 +1270,25 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(v, str) for v in value)
 
 
+def show_pictures(pictures: dict[str, Image.Image | np.ndarray]) -> Figure:
+    """Pictures side by side, each under its name; `(H, W, 3)` arrays of uint8 will do, too."""
+    shapes = [np.asarray(picture).shape for picture in pictures.values()]
+    widths = [width / height for height, width, _ in shapes]  # all are drawn equally high
+    figure, axes = plt.subplots(
+        ncols=len(pictures),
+        figsize=(12, 12 / sum(widths) + 0.35) if len(pictures) > 2 else (4 * sum(widths), 4.35),
+        width_ratios=widths,
+        squeeze=False,
+        facecolor="white",
+    )
+    for ax, (name, picture) in zip(axes.flat, pictures.items(), strict=True):
+        ax.imshow(picture)
+        ax.set_title(name, fontsize=10, wrap=True)
+        ax.axis("off")
+    figure.tight_layout(pad=0.3)
+    return _shown_once(figure)
+
+
 # ==================================================================================================
 # 3. Optimise
 # ==================================================================================================
