@@ -187,7 +187,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "finished.json").write_text(json.dumps(figures, indent=1) + "\n")
 
-    def loop(self, save: Callable[[], None], every: int = 500) -> Iterator[tuple[int, float]]:
+    def loop(self, save: Callable[[], None], every: int = 250) -> Iterator[tuple[int, float]]:
         """Yields (step, share of the stage done) until the stage or this segment's time ends."""
         bar = tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=10)
         with bar:
@@ -551,11 +551,13 @@ class Conditioner:
 def diffusion_loss(transformer, alphas, latents, features, mask, rng) -> torch.Tensor:
     """Mean squared error of the predicted velocity, v = α·noise − σ·latents.
 
-    Timesteps lean towards the clean end (u^1.4): with PixArt's linear schedule the noisiest third
-    holds almost nothing of the picture.
+    Timesteps are drawn where shapes are decided, logit-normal around 380 (Esser et al. 2024) with
+    every sixth uniform: with PixArt's linear schedule the noisier half holds little but backdrops.
     """
     batch = len(latents)
-    timestep = torch.from_numpy((rng.random(batch) ** 1.4 * 1000).astype(np.int64))
+    drawn = 1 / (1 + np.exp(0.5 - 0.9 * rng.standard_normal(batch)))
+    drawn = np.where(rng.random(batch) < 1 / 6, rng.random(batch), drawn)
+    timestep = torch.from_numpy((drawn * 1000).astype(np.int64).clip(0, 999))
     noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
     alpha = alphas[timestep].sqrt()[:, None, None, None]
     sigma = (1 - alphas[timestep]).sqrt()[:, None, None, None]
@@ -610,7 +612,7 @@ def train_transformer(
     if run.step == run.steps:
         ema.copy_to(transformer.parameters())
         transformer.save_pretrained(run.folder / "transformer")
-        run.finish(loss=round(float(np.mean(losses[-200:])), 4))
+        run.finish(loss=round(float(np.mean(losses[-200:] or [math.nan])), 4))
 
 
 def train_dit_128(run: Run) -> None:
@@ -618,9 +620,9 @@ def train_dit_128(run: Run) -> None:
 
 
 def train_dit_256(run: Run) -> None:
-    bins = dict.fromkeys([(224, 288), (288, 224), (192, 336), (336, 192)], 0.1)
+    bins = dict.fromkeys([(224, 288), (288, 224), (192, 336), (336, 192)], 0.07)
     start = STATE / "dit-128" / "transformer"
-    train_transformer(run, {(256, 256): 0.6, **bins}, batch=24, lr=6e-4, start=start)
+    train_transformer(run, {(256, 256): 0.72, **bins}, batch=16, lr=8e-4, start=start)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -702,8 +704,8 @@ STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "text": (train_text_encoder, 1000),
     "vae": (train_vae, 2800),
     "latents": (make_latents, 0),
-    "dit-128": (train_dit_128, 1500),
-    "dit-256": (train_dit_256, 500),
+    "dit-128": (train_dit_128, 1000),
+    "dit-256": (train_dit_256, 1300),
     "decoder": (train_decoder, 2400),
     "export": (export, 0),
 }
