@@ -124,7 +124,7 @@ WEIGHT_FORMATS = {
     "int8": "8-bit integers, one scale an output channel",
     "int4": "4-bit integers, one scale a group of weights; what does not fit stays at 8 bits",
 }
-# The tables of `_Sinusoids` look like embeddings to NNCF; 32 kB are not worth 8 bits of angle.
+# The tables of `_Sinusoids` look like embeddings to NNCF; at 8 bits they would lose the angles.
 SINUSOIDS = nncf.IgnoredScope(patterns=[r".*\.sinusoids/.*"], validate=False)
 _INT4_GROUP_SIZES = (128, 64, 32, 16)  # the largest that divides the model's width
 
@@ -189,12 +189,13 @@ class _Sinusoids(torch.nn.Module):
     520 … radians: the transformer no longer knows where in the schedule it is. Stored as float16,
     the frequencies alone would do the same on a smaller scale.
 
-    So the number is taken apart, `x = 64·coarse + fine + fraction`, the sines of both whole parts
-    come from small tables, and the angle-sum formulas put them together. `bucketize` and
-    `remainder` read the model's input itself, which is float32 in every precision.
+    So the number is taken apart, `x = 1024·coarse + fine + fraction`, the sines of both whole
+    parts come from tables, and the angle-sum formulas put them together; a whole timestep is a
+    row of the table, to the last bit. `bucketize` and `remainder` read the model's input itself,
+    which is float32 in every precision.
     """
 
-    FINE, COARSE = 64, 128  # rows of the tables: numbers up to 8191
+    FINE, COARSE = 1024, 8  # rows of the tables: numbers up to 8191
 
     def __init__(self, projection: torch.nn.Module):
         super().__init__()
@@ -202,7 +203,7 @@ class _Sinusoids(torch.nn.Module):
         exponent = -math.log(10_000) * torch.arange(half) / (half - projection.downscale_freq_shift)
         tables = {
             "frequency": torch.exp(exponent),
-            "fine": projection(torch.arange(self.FINE)),  # (64, 256): cosines, then sines
+            "fine": projection(torch.arange(self.FINE)),  # (1024, 256): cosines, then sines
             "coarse": projection(torch.arange(self.COARSE) * self.FINE),
             "whole": torch.arange(1.0, self.FINE * self.COARSE),
         }
@@ -1514,7 +1515,18 @@ def _optimize_part(
         bar.set_description(f"Optimising {name}")
         model = _apply_recipe(model, recipe, config, samples, bar.update)
     store_runtime_options(model, **dict(recipe.options))
+    _number_anew(model)
     ov.save_model(model, folder / IR_NAME)
+
+
+def _number_anew(model: ov.Model) -> None:
+    """Number nameless operations by their place, so that the same model has the same bytes.
+
+    OpenVINO numbers them as they are made, counting everything that the process has made before.
+    """
+    for place, op in enumerate(model.get_ordered_ops()):
+        if re.fullmatch(rf"{op.get_type_name()}_\d+", op.get_friendly_name()):
+            op.set_friendly_name(f"{op.get_type_name()}_{place}")
 
 
 def _apply_recipe(

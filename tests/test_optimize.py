@@ -1,0 +1,368 @@
+"""Presets: what is in the graphs, what is on disk, and what happens when something is wrong."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from optimum.intel import OVDiffusionPipeline
+from tiny_models import build_checkpoint
+
+import ov_pixart_helper as helper
+from ov_pixart_helper import PARTS, PRESETS, OVPixArtAlphaPipeline, optimize_pipeline
+
+PROMPTS = ["a small red circle", "a large blue star above the sea", "a green square on the hill"]
+DATA = {"calibration_prompts": PROMPTS, "num_samples": 10, "progress": False}
+SMALL_INTEGERS = {"i8", "u8", "i4", "u4"}
+
+
+@pytest.fixture(scope="module")
+def fp16(tmp_path_factory) -> Path:
+    """A random α pipeline, converted."""
+    folder = tmp_path_factory.mktemp("optimize")
+    checkpoint = build_checkpoint(folder / "torch", "alpha")
+    return helper.convert_pipeline(checkpoint, folder / "ov" / "fp16")
+
+
+@pytest.fixture(scope="module")
+def optimized(fp16):
+    """A function: preset → its folder, made once."""
+    made = {}
+
+    def make(preset: str) -> Path:
+        if preset not in made:
+            made[preset] = optimize_pipeline(fp16, fp16.parent / preset, preset, **DATA)
+        return made[preset]
+
+    return make
+
+
+# ---- reading graphs -----------------------------------------------------------------------------
+
+
+def layers(folder: Path, part: str) -> dict[str, tuple[str, bool]]:
+    """Name of each operation with weights → (type of the weights, whether its input is rounded)."""
+    found = {}
+    for op in helper._read_ir(folder / part).get_ops():
+        if op.get_type_name() not in ("MatMul", "Convolution", "Gather"):
+            continue
+        at = 0 if op.get_type_name() == "Gather" else 1
+        if (kind := stored_type(op.input_value(at).get_node())) is not None:
+            rounded = op.input_value(0).get_node().get_type_name() == "FakeQuantize"
+            found[op.get_friendly_name()] = (kind, rounded)
+    return found
+
+
+def stored_type(node) -> str | None:
+    """Follow a weight through its scales to the constant it is stored as, if it is one."""
+    passed = {"Convert", "Multiply", "Subtract", "Reshape", "FakeQuantize", "Transpose"}
+    while node.get_type_name() in passed:
+        node = node.input_value(0).get_node()
+    is_matrix = node.get_type_name() == "Constant" and len(node.shape) > 1
+    return node.get_element_type().get_type_name() if is_matrix else None
+
+
+def rounded_inputs(folder: Path, part: str) -> list[str]:
+    """Names of the operations that take an activation in 8-bit integers."""
+    return [
+        port.get_node().get_friendly_name()
+        for op in helper._read_ir(folder / part).get_ops()
+        if op.get_type_name() == "FakeQuantize"
+        and stored_type(op.input_value(0).get_node()) is None
+        for port in op.output(0).get_target_inputs()
+    ]
+
+
+def is_in_a_block(name: str) -> bool:
+    return "transformer_blocks" in name and "MatMul" in name
+
+
+# ---- what presets do ----------------------------------------------------------------------------
+
+
+def test_int8_computes_every_matmul_of_the_blocks_in_integers(optimized):
+    blocks = {k: v for k, v in layers(optimized("int8"), "transformer").items() if is_in_a_block(k)}
+    assert len(blocks) == 2 * 10  # q, k, v and out, twice, and two of the feed-forward
+    spared = [pattern for pattern in PRESETS["int8"].transformer.weights_only if "adaln" in pattern]
+    assert spared
+    assert {kind for kind, _ in blocks.values()} <= {"i8", "u8"}
+    assert all(rounded for _, rounded in blocks.values())
+
+
+def test_int8_keeps_the_modulation_in_floating_point_with_integer_weights(optimized):
+    found = layers(optimized("int8"), "transformer")
+    modulation = [value for name, value in found.items() if ".adaln_single.linear/" in name]
+    assert modulation == [("u8", False)]
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4", "hybrid"])
+def test_positions_and_timesteps_are_never_rounded(optimized, preset):
+    touched = rounded_inputs(optimized(preset), "transformer")
+    assert touched
+    assert not [name for name in touched if "sinusoids" in name or "pos_embed/" in name]
+
+
+def test_int8_leaves_attention_itself_in_floating_point(optimized):
+    touched = rounded_inputs(optimized("int8"), "transformer")
+    assert not [name for name in touched if "ScaledDotProductAttention" in name]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_int8_weights_stores_all_matrices_in_8_bits_and_rounds_no_activation(optimized, part):
+    found = layers(optimized("int8-weights"), part)
+    kinds = {kind for name, (kind, _) in found.items() if "sinusoids" not in name}
+    assert kinds == {"u8"}
+    assert not rounded_inputs(optimized("int8-weights"), part)
+
+
+@pytest.mark.parametrize("preset", ["int4", "hybrid"])
+def test_int4_stores_the_text_encoder_in_4_bits(optimized, preset):
+    found = layers(optimized(preset), "text_encoder")
+    kinds = {name: kind for name, (kind, _) in found.items()}
+    assert {kind for name, kind in kinds.items() if "SelfAttention.q" in name} == {"i4"}
+    assert {kind for name, kind in kinds.items() if "embed_tokens" in name} == {"u8"}
+
+
+def test_hybrid_rounds_the_activations_of_everything_but_matmul(optimized):
+    found = layers(optimized("hybrid"), "transformer")
+    touched = rounded_inputs(optimized("hybrid"), "transformer")
+    assert {kind for name, (kind, _) in found.items() if is_in_a_block(name)} == {"u8"}
+    assert touched
+    assert not [name for name in touched if name.endswith("/MatMul")]
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+def test_the_vae_computes_in_integers(optimized, preset):
+    touched = rounded_inputs(optimized(preset), "vae_decoder")
+    assert [name for name in touched if name.endswith("/Convolution")]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_loads_plainly_and_stays_close_to_the_source(optimized, fp16, preset):
+    pictures = [paint(OVPixArtAlphaPipeline, folder) for folder in (fp16, optimized(preset))]
+    error = np.abs(pictures[0] - pictures[1]).mean()
+    assert 0 < error < 0.1  # of 1; 0.3 for two random pictures
+
+
+def paint(loader, folder: Path) -> np.ndarray:
+    pipeline = loader.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {"num_inference_steps": 2, "height": 64, "width": 96, "use_resolution_binning": False}
+    generator = helper.torch.Generator().manual_seed(3)
+    return pipeline(PROMPTS[0], generator=generator, output_type="np", **call).images[0]
+
+
+# ---- settings for run time ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", [OVPixArtAlphaPipeline, OVDiffusionPipeline])
+def test_stored_settings_survive_saving_and_arrive_through_either_entrance(
+    optimized, tmp_path, loader
+):
+    stored = dict(PRESETS["int8-weights"].transformer.options)
+    assert stored
+    first = loader.from_pretrained(optimized("int8-weights"))
+    first.save_pretrained(tmp_path / "copy")
+    second = loader.from_pretrained(tmp_path / "copy")
+    for pipeline in (first, second):
+        for name, value in stored.items():
+            compiled = pipeline.transformer.request.get_property(name)
+            assert str(compiled) == str(value)
+    assert np.array_equal(
+        paint(loader, optimized("int8-weights")), paint(loader, tmp_path / "copy")
+    )
+
+
+@pytest.mark.parametrize("preset", ["int8", "int4", "hybrid"])
+def test_graphs_survive_saving(optimized, tmp_path, preset):
+    OVPixArtAlphaPipeline.from_pretrained(optimized(preset)).save_pretrained(tmp_path)
+    for part in PARTS:
+        assert layers(tmp_path, part) == layers(optimized(preset), part)
+
+
+# ---- data for calibration -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def recorded(optimized, fp16) -> list[dict[str, np.ndarray]]:
+    optimized("int8")
+    prompts = helper._choose_prompts(PROMPTS, fp16, 10, seed=0)
+    data = helper._CalibrationData(fp16, fp16.parent / "calibration", prompts, 10, 0)
+    assert (data.folder / f"{data.key}.npz").is_file()
+    return data.samples("transformer", progress=False)
+
+
+def test_samples_hold_both_halves_of_the_guidance(recorded):
+    assert len(recorded) == 10
+    for sample in recorded:
+        assert sample["hidden_states"].shape[0] == 2
+        negative, positive = sample["encoder_hidden_states"]
+        assert not np.allclose(negative, positive, atol=1e-2)
+
+
+def test_samples_spread_over_the_timesteps(recorded):
+    steps = sorted(float(sample["timestep"][0]) for sample in recorded)
+    assert steps[0] < 200
+    assert steps[-1] > 900
+    assert max(np.diff(steps)) < 200
+
+
+def test_samples_come_in_several_aspect_ratios(recorded):
+    shapes = {sample["hidden_states"].shape[2:] for sample in recorded}
+    assert len(shapes) == 2  # two pictures; five in turn if there are more
+    assert all(abs(h * w / 32**2 - 1) < 0.1 for h, w in shapes)
+
+
+def test_pictures_are_drawn_once_for_all_presets(optimized, fp16, tmp_path, monkeypatch):
+    optimized("int8")
+
+    def draw(*args, **kwargs):
+        raise AssertionError("drawn again")
+
+    monkeypatch.setattr(helper, "_record_picture", draw)
+    optimize_pipeline(fp16, fp16.parent / "again", "hybrid", **DATA)
+    with pytest.raises(AssertionError, match="drawn again"):
+        optimize_pipeline(fp16, fp16.parent / "again", "int8", **{**DATA, "seed": 1})
+    shutil.rmtree(fp16.parent / "again")
+
+
+def test_the_same_seed_gives_the_same_bytes(optimized, fp16, tmp_path):
+    again = optimize_pipeline(fp16, tmp_path / "int8", "int8", **DATA)  # draws again, too
+    for part in PARTS:
+        for suffix in ("xml", "bin"):
+            file = f"{part}/openvino_model.{suffix}"
+            assert (again / file).read_bytes() == (optimized("int8") / file).read_bytes(), file
+
+
+def test_captions_are_read_from_files(tmp_path):
+    files = {
+        "csv": "caption,seed\na,1\nb,2\n",
+        "jsonl": '{"caption": "a"}\n{"caption": "b"}\n',
+        "txt": "a\nb\n",
+    }
+    for suffix, text in files.items():
+        file = tmp_path / f"captions.{suffix}"
+        file.write_text(text)
+        assert helper.load_calibration_prompts(file) == ["a", "b"]
+        assert helper.load_calibration_prompts(str(file), num=1) == ["a"]
+
+
+def test_data_sets_are_streamed_without_their_code(monkeypatch):
+    asked = {}
+
+    def load_dataset(name, **kwargs):
+        asked.update(kwargs, name=name)
+        return itertools.repeat({"text": "x"})
+
+    monkeypatch.setattr(helper.datasets, "load_dataset", load_dataset)
+    read = helper.load_calibration_prompts("some/captions", column="text", split="test", num=3)
+    assert read == ["x"] * 3
+    assert asked == {"name": "some/captions", "split": "test", "streaming": True}
+
+
+def test_shipped_captions_suffice_for_the_default_number_of_samples():
+    for file in ("natural-calibration.csv", "pixart-tiny-calibration.csv"):
+        captions = helper.load_calibration_prompts(helper.CAPTIONS / file)
+        assert len(set(captions)) == len(captions) >= helper.DEFAULT_NUM_SAMPLES / 5
+    natural = helper.load_calibration_prompts(helper.CAPTIONS / "natural-calibration.csv")
+    assert len(natural) >= 300
+
+
+# ---- doing no work twice ------------------------------------------------------------------------
+
+
+def test_finished_models_are_kept_and_missing_ones_made(optimized, fp16, tmp_path, monkeypatch):
+    folder = shutil.copytree(optimized("int8-weights"), tmp_path / "int8-weights")
+    (folder / "model_index.json").unlink()
+    (folder / "vae_decoder" / "openvino_model.bin").unlink()
+    made = count_made(monkeypatch)
+    optimize_pipeline(fp16, folder, "int8-weights", progress=False)
+    assert made == ["vae_decoder"]
+    assert (folder / "model_index.json").is_file()
+
+
+def test_presets_share_models_with_the_same_recipe(optimized, fp16, monkeypatch):
+    optimized("int8"), optimized("int8-weights")
+    made = count_made(monkeypatch)
+    optimize_pipeline(fp16, fp16.parent / "int8-again", "int8", **DATA)
+    assert made == []
+    shutil.rmtree(fp16.parent / "int8-again")
+
+
+def test_another_preset_in_the_same_folder_replaces_the_first(optimized, fp16, tmp_path):
+    folder = shutil.copytree(optimized("int8"), tmp_path / "folder")
+    optimize_pipeline(fp16, folder, "int8-weights", progress=False)
+    assert not rounded_inputs(folder, "transformer")
+    record = json.loads((folder / "transformer" / "optimization.json").read_text())
+    assert record["recipe"]["activations"] is False
+
+
+def test_nothing_is_left_lying_about(optimized, fp16):
+    before = {file.name for file in fp16.iterdir()}
+    folder = optimized("int8")
+    assert not list(folder.parent.rglob(".partial-*"))
+    assert {file.name for file in folder.iterdir()} == before
+
+
+def count_made(monkeypatch) -> list[str]:
+    """The names of the models that are computed from now on."""
+    made, optimize_part = [], helper._optimize_part
+
+    def counted(source, name, *args, **kwargs):
+        made.append(name)
+        return optimize_part(source, name, *args, **kwargs)
+
+    monkeypatch.setattr(helper, "_optimize_part", counted)
+    return made
+
+
+# ---- errors -------------------------------------------------------------------------------------
+
+
+def fails(error: type[Exception], words: str, *args, **kwargs) -> None:
+    """Check that a call fails with one line that holds `words`, and writes nothing."""
+    with pytest.raises(error, match=words) as caught:
+        optimize_pipeline(*args, progress=False, **kwargs)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones(fp16, tmp_path):
+    fails(ValueError, "'int9' is unknown.*'int8-weights', 'int8'", fp16, tmp_path / "x", "int9")
+    assert not (tmp_path / "x").exists()
+
+
+def test_too_few_captions_are_refused(fp16, tmp_path):
+    words = "1 different captions, too few for num_samples=10: give 2 or more"
+    few = ["one", "one ", ""]
+    fails(ValueError, words, fp16, tmp_path / "x", calibration_prompts=few, num_samples=10)
+    fails(ValueError, "too few", fp16, tmp_path / "x", calibration_prompts=[])
+
+
+def test_captions_that_are_none_are_refused(fp16, tmp_path):
+    fails(ValueError, "calibration_prompts=", fp16, tmp_path / "x", calibration_prompts=[1, 2])
+    fails(ValueError, "num_samples=0", fp16, tmp_path / "x", num_samples=0)
+    missing = tmp_path / "none.csv"
+    fails(FileNotFoundError, "none.csv", fp16, tmp_path / "x", calibration_prompts=missing)
+    file = tmp_path / "other.csv"
+    file.write_text("text\na\n")
+    fails(ValueError, "it has 'text'", fp16, tmp_path / "x", calibration_prompts=file)
+
+
+def test_a_quantized_source_is_refused(optimized, tmp_path):
+    for preset in ("int8", "int8-weights"):
+        fails(ValueError, "quantized already", optimized(preset), tmp_path / "x")
+
+
+def test_a_source_that_is_no_openvino_folder_is_refused(fp16, tmp_path):
+    fails(ValueError, "convert_pipeline first", fp16.parents[1] / "torch", tmp_path / "x")
+    fails(FileNotFoundError, "no folder", tmp_path / "nowhere", tmp_path / "x")
+    fails(FileNotFoundError, "model_index.json", tmp_path, tmp_path / "x")
+
+
+def test_output_equal_to_source_is_refused(fp16, tmp_path):
+    fails(ValueError, "is the source folder", fp16, fp16)
+    file = tmp_path / "file"
+    file.touch()
+    fails(ValueError, "is a file", fp16, file)
