@@ -1,0 +1,63 @@
+"""Checkpoints and pipelines that several tests share: built once, on first use."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny_models
+from diffusers import DiffusionPipeline
+
+import ov_pixart_helper as helper
+
+# One thread: models this small gain nothing from more, and a busy machine makes them wait.
+F32 = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """`checkpoint(family)`: a diffusers folder with random weights."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return cache(lambda family: tiny_models.build_checkpoint(root / family, family))
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory, checkpoint) -> Callable[[str], Path]:
+    """`converted(family)`: the same as an OpenVINO folder, weights in fp32."""
+    root = tmp_path_factory.mktemp("converted")
+    return cache(
+        lambda family: helper.convert_pipeline(
+            checkpoint(family), root / family, weight_format="fp32"
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def torch_pipeline(checkpoint) -> Callable[[str], DiffusionPipeline]:
+    """`torch_pipeline(family)`: diffusers' own pipeline, the reference. Do not alter it."""
+
+    @cache
+    def load(family: str) -> DiffusionPipeline:
+        pipeline = DiffusionPipeline.from_pretrained(checkpoint(family))
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def ov_pipeline(converted) -> Callable[..., helper.OVDiffusionPipeline]:
+    """`ov_pipeline(family)`: ours, computing in float32. Do not alter it: see `fresh_pipeline`."""
+    return cache(lambda family: load_ov_pipeline(converted(family)))
+
+
+@pytest.fixture
+def fresh_pipeline(converted) -> Callable[..., helper.OVDiffusionPipeline]:
+    """`fresh_pipeline(family, **options)`: one that the test has to itself."""
+    return lambda family, **options: load_ov_pipeline(converted(family), **options)
+
+
+def load_ov_pipeline(folder: Path, **options) -> helper.OVDiffusionPipeline:
+    pipeline = helper.OVDiffusionPipeline.from_pretrained(folder, **{"ov_config": F32, **options})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -1,0 +1,449 @@
+"""Pictures from OpenVINO against pictures from torch, and everything a call can say."""
+
+import json
+import shutil
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import F32
+from optimum.intel.openvino import OVDiffusionPipeline, OVPipelineForText2Image
+
+import ov_pixart_helper as helper
+
+SMALL = {
+    "prompt": "a small red circle above the sea",
+    "height": 64,
+    "width": 64,
+    "num_inference_steps": 3,
+    "max_sequence_length": 40,
+    "use_resolution_binning": False,
+    "output_type": "np",
+}
+FAMILIES = ["alpha", "sigma", "alpha-ms", "lcm"]
+
+
+def draw(pipeline, seed=0, **call):
+    call = {**SMALL, **call}
+    call.setdefault("generator", torch.Generator().manual_seed(seed))
+    return np.asarray(pipeline(**call).images)
+
+
+def assert_same(ours, reference, tolerance=2e-4):
+    assert ours.shape == reference.shape
+    error = np.abs(ours - reference).max() / np.ptp(reference)
+    assert error <= tolerance, f"off by {error:.1e} of the range"
+
+
+# ---- the same pictures as torch -----------------------------------------------------------------
+
+CALLS = {
+    "square": {},
+    "wide": {"height": 48, "width": 112},
+    "tall": {"height": 112, "width": 48},
+    "larger": {"height": 160, "width": 128},
+    "guidance off": {"guidance_scale": 1.0},
+    "negative prompt": {"negative_prompt": "a blue star"},
+    "several prompts": {"prompt": ["a blue star", "a large green square on the hill"]},
+    "several pictures a prompt": {"num_images_per_prompt": 3},
+    "several of both, guidance off": {
+        "prompt": ["a blue star", "a red circle"],
+        "num_images_per_prompt": 2,
+        "guidance_scale": 0.0,
+    },
+    "a negative for each": {"prompt": ["a star", "a hill"], "negative_prompt": ["red", "blue sea"]},
+    "all tokens of the family": {"max_sequence_length": 120},
+    "latents": {"output_type": "latent"},
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_openvino_draws_what_torch_draws(family, call, ov_pipeline, torch_pipeline):
+    assert_same(draw(ov_pipeline(family), **call), draw(torch_pipeline(family), **call))
+
+
+@pytest.mark.parametrize("family", ["alpha", "sigma"])
+@pytest.mark.parametrize("size", [{}, {"height": 200, "width": 350}, {"height": 512, "width": 128}])
+def test_resolution_bins_are_those_of_torch(family, size, ov_pipeline, torch_pipeline):
+    call = {
+        **{"height": None, "width": None, "use_resolution_binning": True},
+        **{"num_inference_steps": 2, "guidance_scale": 1.0, "max_sequence_length": 300},
+        **size,
+    }
+    ours = draw(ov_pipeline(family), **call)
+    assert_same(ours, draw(torch_pipeline(family), **call))
+    assert ours.shape[1:3] == (size.get("height", 256), size.get("width", 256))
+
+
+SCHEDULES = {
+    "fractional timesteps": ("EulerDiscreteScheduler", {"num_inference_steps": 4}),
+    "DDIM": ("DDIMScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "Heun, two calls a step": ("HeunDiscreteScheduler", {}),
+    "noise at every step": ("DDPMScheduler", {}),
+    "one step from the middle": ("DDPMScheduler", {"timesteps": [400], "guidance_scale": 1.0}),
+    "LCM in one step": ("LCMScheduler", {"num_inference_steps": 1, "guidance_scale": 0.0}),
+    "custom sigmas": ("EulerDiscreteScheduler", {"sigmas": [14.6, 3.0, 0.5]}),
+}
+
+
+@pytest.mark.parametrize(("name", "call"), SCHEDULES.values(), ids=SCHEDULES)
+def test_every_scheduler_finds_its_timesteps(name, call, ov_pipeline, torch_pipeline):
+    pictures = []
+    for shared in (ov_pipeline("alpha"), torch_pipeline("alpha")):
+        original = shared.scheduler
+        shared.scheduler = getattr(diffusers, name).from_config(original.config)
+        try:
+            pictures.append(draw(shared, **call))
+        finally:
+            shared.scheduler = original
+    assert_same(*pictures)
+
+
+def test_a_comparison_of_pictures_would_notice(ov_pipeline):
+    """Random models could ignore their inputs; these do not, so the tests above mean something."""
+    pipeline = ov_pipeline("alpha-ms")
+    picture = draw(pipeline)
+    assert picture.std() > 0.1
+    for other in ({"prompt": "the night sky"}, {"guidance_scale": 1.0}, {"negative_prompt": "sea"}):
+        assert np.abs(draw(pipeline, **other) - picture).mean() > 0.02, other
+
+    torch.manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 4, 8, 8),
+        "encoder_hidden_states": torch.randn(1, 6, 32),
+        "encoder_attention_mask": torch.ones(1, 6),
+        "timestep": torch.tensor([500]),
+    }
+    size = {"resolution": torch.tensor([[64.0, 64.0]]), "aspect_ratio": torch.tensor([[1.0]])}
+    noise = pipeline.transformer(**inputs, added_cond_kwargs=size).sample
+    masked = {"encoder_attention_mask": torch.tensor([[1, 1, 0, 0, 0, 0]])}
+    for change, conditions in (
+        (masked, {}),
+        ({"timestep": torch.tensor([501])}, {}),
+        ({}, {"resolution": torch.tensor([[64.0, 128.0]])}),
+        ({}, {"aspect_ratio": torch.tensor([[2.0]])}),
+    ):
+        other = pipeline.transformer(
+            **{**inputs, **change}, added_cond_kwargs={**size, **conditions}
+        ).sample
+        assert (other - noise).abs().mean() > 0.02 * noise.std(), (change, conditions)
+
+
+def test_padding_does_not_show(ov_pipeline):
+    pipeline = ov_pipeline("alpha")
+    assert_same(draw(pipeline, max_sequence_length=40), draw(pipeline, max_sequence_length=70))
+
+
+@pytest.mark.parametrize("family", ["alpha", "alpha-ms"])
+def test_sixteen_bits_know_where_in_the_schedule_they_are(family, converted, torch_pipeline):
+    """In bfloat16, OpenVINO's own choice where the CPU has it, noise is as good as torch's."""
+    torch.manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "encoder_hidden_states": torch.randn(2, 6, 32),
+        "encoder_attention_mask": torch.ones(2, 6),
+        "timestep": torch.tensor([937, 501]),
+        "added_cond_kwargs": {
+            "resolution": torch.tensor([[64.0, 96.0], [1088.0, 960.0]]),
+            "aspect_ratio": torch.tensor([[0.67], [1.13]]),
+        },
+    }
+    with torch.no_grad():
+        reference = torch_pipeline(family).transformer(**inputs).sample
+    pipeline = OVDiffusionPipeline.from_pretrained(
+        converted(family), ov_config={"INFERENCE_PRECISION_HINT": "bf16"}
+    )
+    error = pipeline.transformer(**inputs).sample - reference
+    assert error.std() < 0.03 * reference.std()  # 0.3 to 0.6 with the angles rounded
+
+
+# ---- everything else a call can say -------------------------------------------------------------
+
+
+def test_embeddings_and_latents_can_be_handed_in(ov_pipeline, torch_pipeline):
+    pictures = []
+    for pipeline in (ov_pipeline("alpha"), torch_pipeline("alpha")):
+        with torch.no_grad():
+            embeds, mask, negative, negative_mask = pipeline.encode_prompt(
+                "a blue star", negative_prompt="red", max_sequence_length=40
+            )
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+        picture = draw(
+            pipeline,
+            prompt=None,
+            negative_prompt=None,
+            prompt_embeds=embeds,
+            prompt_attention_mask=mask,
+            negative_prompt_embeds=negative,
+            negative_prompt_attention_mask=negative_mask,
+            latents=latents,
+        )
+        pictures.append(picture)
+    assert_same(*pictures)
+
+
+def test_a_list_of_generators_seeds_each_picture(ov_pipeline):
+    def seeds(*numbers):
+        return [torch.Generator().manual_seed(number) for number in numbers]
+
+    both = draw(ov_pipeline("alpha"), num_images_per_prompt=2, generator=seeds(3, 4))
+    for seed, picture in zip((3, 4), both, strict=True):
+        assert_same(draw(ov_pipeline("alpha"), generator=seeds(seed))[0], picture)
+
+
+def test_callback_and_output_types(ov_pipeline, capsys):
+    pipeline, seen = ov_pipeline("alpha"), []
+    call = {**SMALL, "output_type": "pil", "return_dict": False}
+    ((picture,),) = pipeline(**call, callback=lambda *step: seen.append(step), callback_steps=2)
+    assert picture.size == (64, 64)
+    assert [step for step, _, _ in seen] == [0, 2]
+    assert seen[0][2].shape == (1, 4, 8, 8)
+    assert draw(pipeline, output_type="pt").shape == (1, 3, 64, 64)
+    printed = capsys.readouterr()
+    assert printed.out + printed.err == ""  # set_progress_bar_config(disable=True)
+
+
+# ---- load and save ------------------------------------------------------------------------------
+
+
+def test_optimums_own_entrances_lead_here(converted):
+    for entrance in (OVDiffusionPipeline, OVPipelineForText2Image):
+        for family in ("alpha", "sigma"):
+            pipeline = entrance.from_pretrained(converted(family), compile=False)
+            expected = {
+                "alpha": helper.OVPixArtAlphaPipeline,
+                "sigma": helper.OVPixArtSigmaPipeline,
+            }
+            assert type(pipeline) is expected[family]
+            assert pipeline.transformer.request is None
+
+
+@pytest.mark.parametrize("entrance", [helper.OVPixArtAlphaPipeline, OVPipelineForText2Image])
+def test_a_torch_folder_is_converted_on_the_way(entrance, checkpoint, ov_pipeline):
+    pipeline = entrance.from_pretrained(checkpoint("alpha"), weight_format="fp32", ov_config=F32)
+    assert_same(draw(pipeline), draw(ov_pipeline("alpha")), 1e-6)
+    folder = pipeline.model_save_dir
+    assert folder.is_dir() if hasattr(folder, "is_dir") else True
+    assert not list(checkpoint("alpha").rglob("*.xml"))  # nothing is written beside the checkpoint
+
+
+def test_saved_and_loaded_it_draws_the_same(fresh_pipeline, tmp_path):
+    pipeline = fresh_pipeline("sigma")
+    helper.store_runtime_options(pipeline.vae_decoder.model, DYNAMIC_QUANTIZATION_GROUP_SIZE=64)
+    pipeline.save_pretrained(tmp_path)
+    again = helper.OVPixArtSigmaPipeline.from_pretrained(tmp_path, ov_config=F32)
+    assert_same(draw(again), draw(pipeline), 1e-6)
+    assert again.vae_decoder.ov_config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "64"
+
+
+def test_a_pipeline_is_not_saved_over_its_own_weights(fresh_pipeline, converted):
+    with pytest.raises(ValueError, match=r"save_directory=.*choose another"):
+        fresh_pipeline("alpha").save_pretrained(converted("alpha"))
+
+
+def test_half_to_and_compile_only(fresh_pipeline, ov_pipeline):
+    reference = draw(ov_pipeline("alpha"))
+    assert_same(draw(fresh_pipeline("alpha").half()), reference, 0.02)
+    assert_same(draw(fresh_pipeline("alpha").to("CPU", torch.float32)), reference, 1e-6)
+    assert_same(draw(fresh_pipeline("alpha", compile_only=True)), reference, 1e-6)
+
+
+# ---- compile options ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"compile_only": True}])
+def test_stored_options_come_along_on_every_route(options, converted, tmp_path):
+    folder = tmp_path / "stored"
+    shutil.copytree(converted("alpha"), folder)
+    xml = folder / "transformer" / "openvino_model.xml"
+    model = helper.ov.Core().read_model(xml.read_bytes(), xml.with_suffix(".bin").read_bytes())
+    stored = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
+    helper.store_runtime_options(model, **stored)
+    helper.ov.save_model(model, xml, compress_to_fp16=False)
+
+    for entrance in (helper.OVPixArtAlphaPipeline, OVDiffusionPipeline):
+        if options and entrance is OVDiffusionPipeline:
+            continue  # compiles from disk before anything of ours runs
+        pipeline = entrance.from_pretrained(folder, **options)
+        compiled = pipeline.transformer.request
+        assert compiled.get_property("INFERENCE_PRECISION_HINT") == helper.ov.Type.f32
+        assert compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") == 64
+
+
+def test_the_users_options_win_and_each_model_has_its_own(fresh_pipeline):
+    pipeline = fresh_pipeline("alpha", ov_config={"NUM_STREAMS": "1"}, compile=False)
+    model = pipeline.transformer.model
+    helper.store_runtime_options(model, INFERENCE_PRECISION_HINT="bf16")
+    again = helper.OVPixArtAlphaPipeline(
+        scheduler=pipeline.scheduler,
+        tokenizer=pipeline.tokenizer,
+        model_save_dir=pipeline.model_save_dir,
+        compile=False,
+        ov_config=F32,
+        **pipeline.ov_models,
+    )
+    assert again.transformer.ov_config["INFERENCE_PRECISION_HINT"] == "f32"
+    again.transformer.ov_config["X"] = "1"
+    assert "X" not in again.vae_decoder.ov_config
+    with pytest.raises(ValueError, match="NUM_STREAMS='1' cannot be stored"):
+        helper.store_runtime_options(model, NUM_STREAMS="1")
+
+
+# ---- static shapes ------------------------------------------------------------------------------
+
+
+def test_static_shapes_draw_the_same_with_and_without_guidance(fresh_pipeline, ov_pipeline):
+    pipeline = fresh_pipeline("alpha-ms", compile=False)
+    pipeline.reshape(1, 96, 64, 2, max_sequence_length=40)
+    assert (pipeline.batch_size, pipeline.height, pipeline.width) == (1, 96, 64)
+    ports = [port for model in pipeline.ov_models.values() for port in model.inputs]
+    assert all(port.get_partial_shape().is_static for port in ports)
+    for guidance in (4.5, 1.0):
+        call = {"guidance_scale": guidance, "num_images_per_prompt": 2, "height": 96}
+        assert_same(draw(pipeline, **call), draw(ov_pipeline("alpha-ms"), **call))
+
+
+def test_static_shapes_are_taken_for_granted_and_end_binning(fresh_pipeline):
+    pipeline = fresh_pipeline("sigma", compile=False).reshape(1, 48, 80, 1)
+    tokens = pipeline.text_encoder.model.input("input_ids").shape[1]
+    assert tokens == 300
+    picture = pipeline("a star", num_inference_steps=2).images[0]  # binning is on by default
+    assert picture.size == (80, 48)
+
+
+def test_static_shapes_can_be_freed_again(fresh_pipeline, ov_pipeline):
+    pipeline = fresh_pipeline("alpha", compile=False).reshape(2, 64, 64, 1)
+    pipeline.reshape(-1, -1, -1, -1)
+    assert (pipeline.batch_size, pipeline.height, pipeline.width) == (-1, -1, -1)
+    assert_same(draw(pipeline), draw(ov_pipeline("alpha")), 1e-6)
+
+
+def test_height_and_width_alone_can_be_static(fresh_pipeline, ov_pipeline):
+    pipeline = fresh_pipeline("alpha", compile=False).reshape(-1, 64, 64)
+    call = {"prompt": ["a star", "a circle"]}
+    assert_same(draw(pipeline, **call), draw(ov_pipeline("alpha"), **call))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"height": 128}, "height=128 .* 64"),
+        ({"prompt": ["a", "b"]}, "number of prompts=2 .* 1"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt=2 .* 1"),
+        ({"max_sequence_length": 70}, "max_sequence_length=70 .* 40"),
+    ],
+)
+def test_another_size_than_the_static_one_is_refused(call, message, static_pipeline):
+    with pytest.raises(ValueError, match=message):
+        draw(static_pipeline, **call)
+
+
+@pytest.fixture(scope="module")
+def static_pipeline(converted):
+    pipeline = OVDiffusionPipeline.from_pretrained(converted("alpha"), compile=False)
+    return pipeline.reshape(1, 64, 64, 1, max_sequence_length=40)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"height": 100}, "height=100 .* multiple of 16"),
+        ({"batch_size": 0}, "batch_size=0 .* from 1, or -1"),
+        ({"max_sequence_length": -3}, "max_sequence_length=-3"),
+    ],
+)
+def test_impossible_shapes_are_refused(shape, message, static_pipeline):
+    with pytest.raises(ValueError, match=message):
+        static_pipeline.reshape(**{"batch_size": 1, "height": 64, "width": 64, **shape})
+
+
+# ---- bad input ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"prompt": None}, "prompt=None .* string"),
+        ({"prompt": []}, r"prompt=\[\] .* string"),
+        ({"prompt": ["a", 1]}, "prompt=.* string"),
+        ({"negative_prompt": ["a", "b"]}, "negative_prompt=.* list of 1"),
+        ({"height": 100}, "height=100 .* multiple of 16"),
+        ({"width": -64}, "width=-64 .* multiple of 16"),
+        ({"height": 0, "use_resolution_binning": True}, "height=0 .* from 1"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 .* from 1"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 .* from 1"),
+        ({"num_inference_steps": 1}, "num_inference_steps=1 .* 2 or more with DPMSolver"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt=0 .* from 1"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan .* number"),
+        ({"max_sequence_length": 0}, "max_sequence_length=0 .* from 1"),
+    ],
+)
+def test_a_bad_call_is_answered_in_one_line(call, message, ov_pipeline):
+    with pytest.raises(ValueError, match=message) as caught:
+        draw(ov_pipeline("alpha"), **call)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_bins_says_so(fresh_pipeline):
+    pipeline = fresh_pipeline("alpha", compile=False)
+    pipeline.transformer.register_to_config(sample_size=16)
+    with pytest.raises(ValueError, match=r"use_resolution_binning=True .* False"):
+        pipeline("a star")
+
+
+@pytest.mark.parametrize("options", [{"device": "XPU"}, {"trust_remote_code": True}])
+def test_a_bad_option_is_answered_in_one_line(options, converted):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}=") as caught:
+        helper.OVPixArtAlphaPipeline.from_pretrained(converted("alpha"), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_wrong_class_names_the_right_one(converted):
+    with pytest.raises(ValueError, match="is a PixArtSigmaPipeline: load it with OVPixArtSigma"):
+        helper.OVPixArtAlphaPipeline.from_pretrained(converted("sigma"))
+
+
+@pytest.mark.parametrize("lost", ["model_index.json", "transformer/openvino_model.xml"])
+def test_an_unfinished_folder_says_how_to_finish_it(lost, converted, tmp_path):
+    folder = tmp_path / "ov"
+    shutil.copytree(converted("alpha"), folder)
+    (folder / lost).unlink()
+    with pytest.raises(FileNotFoundError, match=r"convert_pipeline\(model_id"):
+        helper.OVPixArtAlphaPipeline.from_pretrained(folder)
+
+
+def test_a_damaged_ir_is_named(converted, tmp_path):
+    folder = tmp_path / "ov"
+    shutil.copytree(converted("alpha"), folder)
+    (folder / "transformer" / "openvino_model.bin").write_bytes(b"0" * 100)
+    with pytest.raises(ValueError, match=r"transformer.*damaged.*force=True") as caught:
+        helper.OVPixArtAlphaPipeline.from_pretrained(folder)
+    assert "\n" not in str(caught.value)
+
+
+# ---- defaults -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("alpha", (20, 4.5, 120, 256, 256)),
+        ("sigma", (20, 4.5, 300, 256, 256)),
+        ("alpha-ms", (20, 4.5, 120, 1024, 1024)),
+        ("lcm", (4, 0.0, 120, 256, 256)),
+    ],
+)
+def test_each_family_knows_its_defaults(family, expected, checkpoint, converted):
+    for folder in (checkpoint(family), converted(family)):
+        assert helper.default_settings(folder) == helper.GenerationDefaults(*expected)
+
+
+def test_defaults_of_no_pixart_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="model_dir="):
+        helper.default_settings(tmp_path / "nowhere")
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    with pytest.raises(ValueError, match=r"FluxPipeline.*choose a PixArt"):
+        helper.default_settings(tmp_path)
