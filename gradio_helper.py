@@ -689,7 +689,9 @@ HEADER = """
 CSS = """
 :root { --demo-accent: var(--primary-700); }
 .dark { --demo-accent: var(--primary-300); --color-accent: var(--primary-300); }
-.gradio-container { max-width: 1160px !important; margin: 0 auto !important; }
+html { scrollbar-gutter: stable; }
+.gradio-container { width: 100%; max-width: 1160px !important; margin: 0 auto !important; }
+#workspace > .column { flex-basis: 0; }  /* columns keep their width whatever is in them */
 .page-header h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
 .page-header p { color: var(--body-text-color-subdued); margin: 0.15rem 0 0; }
 
@@ -745,7 +747,7 @@ CSS = """
 #visit button { min-width: 12rem; }
 #prompt-note { margin: -10px 0; }
 .note { margin: 0; min-height: 1.3em; font-size: 0.875rem; color: var(--body-text-color-subdued); }
-.empty { margin: 0; color: var(--body-text-color-subdued); }
+.empty { margin: 0; min-height: 84px; color: var(--body-text-color-subdued); }
 .strip {
   display: flex; gap: 8px; margin: 0; padding: 4px; list-style: none; overflow-x: auto;
   min-height: 84px;
@@ -1363,7 +1365,7 @@ class _Page:
         model = self.studio.facts[label]
         return [
             gr.update(value=model.steps, minimum=model.min_steps),
-            gr.update(value=model.guidance, **_guidance_looks(model)),
+            gr.update(**_guidance_looks(model)),
             gr.update(**_negative_looks(model.guidance)),
             gr.update(choices=list(model.styles)),
             gr.update(choices=list(model.sizes)),
