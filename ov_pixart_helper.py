@@ -1997,7 +1997,8 @@ def _worker(label: str, folder: Path) -> Iterator[_Worker]:
     far.close()
     try:
         yield _Worker(label, process, near)
-        near.send(None)
+        with contextlib.suppress(OSError):  # dead already
+            near.send(None)
         process.join(10)
     finally:
         process.kill()
