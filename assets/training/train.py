@@ -574,6 +574,17 @@ def diffusion_loss(transformer, alphas, latents, features, mask, rng) -> torch.T
     return F.mse_loss(output[:, :4].float(), alpha * noise - sigma * latents)
 
 
+def make_optimizers(
+    transformer: PixArtTransformer2DModel, lr: float
+) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+    """Muon for the matrices inside the blocks, AdamW for all else."""
+    inside = [p for p in transformer.transformer_blocks.parameters() if p.ndim == 2 and len(p) > 6]
+    chosen = {id(p) for p in inside}
+    rest = [p for p in transformer.parameters() if id(p) not in chosen]
+    muon = torch.optim.Muon(inside, 1.5 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return muon, torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.01)
+
+
 def train_transformer(
     run: Run, sizes: dict[tuple[int, int], float], batch: int, lr: float, start: Path | None
 ) -> None:
@@ -582,18 +593,17 @@ def train_transformer(
     transformer = make_transformer()
     if start is not None:
         transformer = PixArtTransformer2DModel.from_pretrained(start)
-    optimizer = torch.optim.AdamW(
-        transformer.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    muon, adamw = make_optimizers(transformer, lr)
     ema = EMAModel(transformer.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
-    parts = {"model": transformer, "optimizer": optimizer, "ema": ema}
+    parts = {"model": transformer, "muon": muon, "adamw": adamw, "ema": ema}
     run.resume(**parts)
     condition, latents_of = Conditioner(), load_latents(list(sizes))
     alphas = make_scheduler().alphas_cumprod
     names, weights = list(sizes), np.array(list(sizes.values()))
     losses = []
     for step, done in run.loop(lambda: run.save(**parts)):
-        set_learning_rate(optimizer, warmup_cosine(done))
+        for optimizer in (muon, adamw):
+            set_learning_rate(optimizer, warmup_cosine(done))
         rng = np.random.default_rng((SEED, 7, names[0][0], step))
         latents, captions = latents_of[names[rng.choice(len(names), p=weights / weights.sum())]]
         drawn = rng.integers(len(latents), size=batch)
@@ -601,10 +611,11 @@ def train_transformer(
             "" if rng.random() < CAPTION_DROPOUT else captions[i][rng.integers(2)] for i in drawn
         ]
         loss = diffusion_loss(transformer, alphas, latents[drawn].float(), *condition(texts), rng)
-        optimizer.zero_grad()
+        transformer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
-        optimizer.step()
+        muon.step()
+        adamw.step()
         ema.step(transformer.parameters())
         losses.append(loss.item())
         if step % 100 == 99:
@@ -622,7 +633,7 @@ def train_dit_128(run: Run) -> None:
 def train_dit_256(run: Run) -> None:
     bins = dict.fromkeys([(224, 288), (288, 224), (192, 336), (336, 192)], 0.07)
     start = STATE / "dit-128" / "transformer"
-    train_transformer(run, {(256, 256): 0.72, **bins}, batch=16, lr=8e-4, start=start)
+    train_transformer(run, {(256, 256): 0.72, **bins}, batch=16, lr=1e-3, start=start)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -705,7 +716,7 @@ STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "vae": (train_vae, 2800),
     "latents": (make_latents, 0),
     "dit-128": (train_dit_128, 1000),
-    "dit-256": (train_dit_256, 1300),
+    "dit-256": (train_dit_256, 1150),
     "decoder": (train_decoder, 2400),
     "export": (export, 0),
 }

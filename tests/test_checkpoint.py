@@ -1,0 +1,82 @@
+"""The embedded checkpoint is what its card says."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, PixArtAlphaPipeline
+from safetensors import safe_open
+from transformers import T5Tokenizer
+
+from assets.training import evaluate, oracle, scenes
+from assets.training.train import CHECKPOINT, encode, to_tensor, vae_psnr
+
+torch.set_grad_enabled(False)
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return AutoencoderKL.from_pretrained(CHECKPOINT / "vae")
+
+
+def test_it_is_a_pixart_in_half_precision_safetensors_of_at_most_40_mb():
+    weights = list(CHECKPOINT.rglob("*.safetensors"))
+    assert len(weights) == 3
+    for file in weights:
+        with safe_open(file, framework="pt") as tensors:
+            assert {tensors.get_slice(k).get_dtype() for k in tensors.keys()} == {"F16"}  # noqa: SIM118
+    assert sum(f.stat().st_size for f in CHECKPOINT.rglob("*")) <= 40e6
+    assert not [f for f in CHECKPOINT.rglob("*") if f.suffix in {".bin", ".pt", ".pkl", ".py"}]
+
+
+def test_its_geometry_is_that_of_a_256_pixel_pixart_alpha():
+    index = json.loads((CHECKPOINT / "model_index.json").read_text())
+    config = json.loads((CHECKPOINT / "transformer" / "config.json").read_text())
+    assert index["_class_name"] == "PixArtAlphaPipeline"
+    assert config["_class_name"] == "PixArtTransformer2DModel"
+    assert (config["sample_size"], config["patch_size"], config["out_channels"]) == (32, 2, 8)
+    assert config["use_additional_conditions"] is False
+
+
+def test_its_tokenizer_reads_from_spiece_model_alone(tmp_path):
+    (tmp_path / "spiece.model").write_bytes((CHECKPOINT / "tokenizer/spiece.model").read_bytes())
+    caption = "a large red star to the left of a tiny purple hoop on a mint background"
+    alone = T5Tokenizer.from_pretrained(tmp_path)
+    whole = T5Tokenizer.from_pretrained(CHECKPOINT / "tokenizer")
+    assert alone(caption).input_ids == whole(caption).input_ids
+    assert 2 not in whole(caption).input_ids  # 2 is <unk>
+
+
+def test_the_vae_reconstructs_at_26_db_or_better(vae):
+    assert vae_psnr(vae, count=32) >= 26
+
+
+def test_the_oracle_reads_every_attribute_of_vae_reconstructions(vae):
+    """Colour, kind, size, relation, count and backdrop; `clean` judges the VAE, not the oracle."""
+    rng = np.random.default_rng(4)
+    shapes, right, count = list(evaluate.SHAPES.values()), 0, 1000
+    for i in range(0, count, 10):
+        drawn = [scenes.sample_scene(rng) for _ in range(10)]
+        height, width = shapes[i // 10 % len(shapes)]
+        pictures = to_tensor([scenes.render(s, height, width, rng) for s in drawn])
+        output = vae.decode(encode(vae, pictures)).sample.clamp(-1, 1)
+        arrays = ((output + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        for array, scene in zip(arrays, drawn, strict=True):
+            attributes = oracle.score_caption(array, scene).attributes
+            right += all(attributes[name] for name in attributes if name != "clean")
+    assert right >= 0.99 * count
+
+
+def test_a_prompt_becomes_a_picture_that_depends_on_it():
+    pipeline = PixArtAlphaPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def paint(prompt):
+        generator = torch.Generator().manual_seed(0)
+        picture = pipeline(prompt, num_inference_steps=8, generator=generator).images[0]
+        assert picture.size == (256, 256)
+        return oracle.read_picture(picture)
+
+    assert paint("a large red heart on a white background").background == "white"
+    assert paint("a large red heart on a black background").background == "black"

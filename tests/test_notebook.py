@@ -1,0 +1,74 @@
+"""The notebook is committed as it ran, and strict nbval would notice if a picture went wrong."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "pixart.ipynb"
+READING = re.compile(r"on (mint|white) – (right|wrong)")  # as printed by the oracle's cell
+
+
+@pytest.fixture(scope="module")
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts(cell):
+    """Every text that a cell left behind."""
+    for output in cell.outputs:
+        yield output.get("text", "")
+        yield from (str(output.get("data", {}).get(k, "")) for k in ("text/plain", "text/html"))
+
+
+def test_it_is_committed_executed_in_order_and_without_errors(notebook):
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+def test_its_outputs_hold_no_paths_of_a_machine(notebook):
+    for cell in code_cells(notebook):
+        for text in texts(cell):
+            assert not re.search(r"(^|[\s'\"(])(/[a-z]+/[\w./-]+|[A-Z]:\\)", text), text
+
+
+def test_no_cell_is_spared_by_nbval(notebook):
+    source = "\n".join(cell.source for cell in code_cells(notebook))
+    assert not re.search(r"nbval[-_]|NBVAL_", source, re.IGNORECASE)
+    assert not any(cell.metadata.get("tags") for cell in notebook.cells)
+
+
+def test_every_contents_link_has_its_anchor(notebook):
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    links = set(re.findall(r"\]\(#([\w-]+)\)", prose))
+    assert links and links <= set(re.findall(r'<a id="([\w-]+)"', prose))
+
+
+def test_nbval_fails_when_one_oracle_reading_is_altered(notebook, tmp_path):
+    cells = notebook.cells
+    last = next(i for i, c in enumerate(cells) if any(READING.search(text) for text in texts(c)))
+    notebook.cells = cells[: last + 1]  # conversion and first pictures; the rest takes minutes
+    nbformat.write(notebook, tmp_path / "honest.ipynb")
+    honest = (tmp_path / "honest.ipynb").read_text(encoding="utf-8")
+    (tmp_path / "altered.ipynb").write_text(READING.sub(r"on navy – \2", honest, count=1), "utf-8")
+    for module in ("ov_pixart_helper.py", "gradio_helper.py"):
+        shutil.copy(ROOT / module, tmp_path)
+    shutil.copytree(ROOT / "assets", tmp_path / "assets")
+
+    command = [sys.executable, "-m", "pytest", "-q", "-c", str(ROOT / "pyproject.toml"), "--nbval"]
+    command += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval_sanitize.cfg")]
+    command += ["--rootdir", str(tmp_path), "honest.ipynb", "altered.ipynb"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert "1 failed" in result.stdout, result.stdout[-3000:]
+    assert re.search(r"FAILED .*altered\.ipynb", result.stdout), result.stdout[-3000:]
