@@ -313,10 +313,11 @@ class Studio:
         self.folders = folders
         self.facts = {label: read_model_facts(folder) for label, folder in folders.items()}
         self.output = Path(tempfile.mkdtemp(prefix="pixart-demo-"))
-        self._cleanup = weakref.finalize(self, shutil.rmtree, self.output, ignore_errors=True)
+        weakref.finalize(self, shutil.rmtree, self.output, ignore_errors=True)
         self._pipelines: OrderedDict[str, Any] = OrderedDict()
         self._preview: LatentPreview | None = None
         self._lock = threading.RLock()
+        self._closing = threading.Event()
 
     @property
     def capacity(self) -> int:
@@ -341,10 +342,11 @@ class Studio:
             _release_memory()
 
     def close(self) -> None:
-        """Frees pipelines and pictures."""
-        self.unload()
-        self._preview = None
-        self._cleanup()
+        """Ends what is being painted; frees pipelines and pictures. It can be used again."""
+        self._closing.set()
+        self.unload()  # waits for the run to end
+        self._closing.clear()
+        shutil.rmtree(self.output, ignore_errors=True)
 
     def paint(
         self, settings: Settings, stop: threading.Event | None = None, *, alone: bool = False
@@ -365,7 +367,8 @@ class Studio:
                     if alone:
                         self.unload()
                     with _MemoryGrowth() as memory:
-                        painted = self._run(settings, (stop, abandoned), updates.put)
+                        stops = (stop, abandoned, self._closing)
+                        painted = self._run(settings, stops, updates.put)
                     updates.put(replace(painted, memory_mb=memory.megabytes))
             except _Stopped:
                 updates.put(None)
@@ -540,6 +543,7 @@ def save_picture(image: Image.Image, folder: Path, settings: Settings) -> Path:
     info.add_itxt("Title", settings.prompt[:200])
     info.add_itxt("Software", "PixArt with OpenVINO")
     info.add_itxt("parameters", json.dumps(asdict(settings), ensure_ascii=False))
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"pixart-{settings.seed}-{uuid.uuid4().hex[:12]}.png"
     image.save(path, pnginfo=info)
     return path
@@ -1132,7 +1136,8 @@ class _Page:
             card: self._card(label, "Waiting for its turn")
             for card, label in zip(self.cards, (left, right), strict=True)
         }
-        yield {**cards, **self._seed(chosen, randomise), **self._busy(True)}
+        empty = {self.slider: gr.update(value=None)}
+        yield {**cards, **empty, **self._seed(chosen, randomise), **self._busy(True)}
 
     def _seed(self, chosen: Sequence[Any], randomise: bool) -> dict[Any, Any]:
         drawn = random.randint(0, MAX_SEED)
@@ -1500,12 +1505,12 @@ def _seed_looks(randomise: bool) -> dict[str, Any]:
 _running: weakref.ref[gr.Blocks] | None = None
 
 
-def launch_demo(demo: gr.Blocks, *, port: int | None = None, **launch_kwargs: Any) -> Any:
+def launch_demo(demo: gr.Blocks, *, port: int | None = None, **launch_kwargs: Any) -> None:
     """Serves the page on the loopback address and returns at once; `demo.close()` ends it.
 
     A demo launched earlier is closed first, so its cell can be run again. `port`: a fixed port
-    (default: the first free one from 7860). Other arguments go to Gradio's `launch`, whose result
-    `(app, local address, public address)` is returned.
+    (default: the first free one from 7860). Other arguments go to Gradio's `launch`. Afterwards
+    `demo.local_url` is the address.
     """
     global _running
     previous = _running() if _running is not None else None
@@ -1528,10 +1533,9 @@ def launch_demo(demo: gr.Blocks, *, port: int | None = None, **launch_kwargs: An
     }
     if isinstance(demo, Demo):
         options["allowed_paths"] = [str(demo.studio.output)]
-    launched = demo.launch(**(options | launch_kwargs))
+    demo.launch(**(options | launch_kwargs))
     _running = weakref.ref(demo)
     print(f"The demo is at {demo.local_url}")
-    return launched
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

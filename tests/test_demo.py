@@ -17,10 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from gradio_client import Client
+from nbclient import NotebookClient
 from PIL import Image
 
 import gradio_helper as gh
@@ -344,10 +346,10 @@ def is_open(port: int) -> bool:
 
 def test_launch_returns_at_once_and_prints_one_line_with_the_address(folders, capsys):
     demo = gh.make_demo(folders)
-    _, address, public = gh.launch_demo(demo)
-    assert is_open(demo.server_port) and public is None
-    assert capsys.readouterr().out == f"The demo is at {address}\n"
-    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address)
+    gh.launch_demo(demo)
+    assert is_open(demo.server_port) and demo.share_url is None
+    assert capsys.readouterr().out == f"The demo is at {demo.local_url}\n"
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", demo.local_url)
     demo.close()
     assert not is_open(demo.server_port)
     assert capsys.readouterr().out == ""
@@ -367,6 +369,29 @@ def test_running_the_cell_again_leaks_neither_ports_nor_pipelines(folders):
     gc.collect()
     assert pipeline() is None
     assert not any(output.exists() for _, output in loaded)
+
+
+def test_a_closed_demo_can_be_launched_again(folders):
+    demo = gh.make_demo(folders)
+    for _ in range(2):
+        gh.launch_demo(demo)
+        pictures, _ = Client(demo.local_url, verbose=False).predict(
+            HEART, steps=2, api_name="/generate"
+        )
+        assert gh.read_settings(pictures[0]).prompt == HEART
+        demo.close()
+
+
+def test_closing_ends_the_run_in_progress(folders, monkeypatch):
+    monkeypatch.setattr(FakePipeline, "step_seconds", 0.1)
+    demo = gh.make_demo(folders)
+    gh.launch_demo(demo)
+    run = demo.studio.paint(gh.Settings(HEART, steps=100, precision="FP16"))
+    next(run), next(run)
+    started = time.perf_counter()
+    demo.close()
+    assert time.perf_counter() - started < 8  # of the run's ten; Gradio itself may take five
+    assert not any(isinstance(update, gh.Painted) for update in run)
 
 
 def test_a_port_can_be_chosen(folders):
@@ -399,6 +424,49 @@ def test_nothing_leaves_the_loopback_address(folders, monkeypatch):
     assert not demo.analytics_enabled and not demo.share and not demo.run_history
     assert demo.server_name == "127.0.0.1"
     assert not config["stylesheets"] and "http" not in json.dumps(config.get("theme_hash", ""))
+
+
+def test_the_command_converts_what_is_missing_and_serves_until_interrupted(tmp_path, monkeypatch):
+    asked, served = [], []
+
+    def convert(model: str, folder: Path, *, weight_format: str) -> Path:
+        asked.append((Path(model).name, folder.name, weight_format))
+        return fake_folder(folder)
+
+    def interrupt(demo: gh.Demo) -> None:
+        served.append((is_open(demo.server_port), list(demo.studio.folders)))
+        raise KeyboardInterrupt
+
+    fake_folder(tmp_path / "pixart-tiny-ptq")
+    monkeypatch.setattr(gh, "convert_pipeline", convert)
+    monkeypatch.setattr(gh.Demo, "block_thread", interrupt)
+    gh.main(["--models", str(tmp_path)])
+    tiny = "pixart-tiny"
+    assert asked == [(tiny, f"{tiny}-fp16", "fp16"), (tiny, f"{tiny}-int8", "int8")]
+    assert served == [(True, ["FP16", "INT8", "PTQ"])]
+
+
+def test_in_a_notebook_the_page_is_shown_and_closed_without_noise(tmp_path):
+    cells = [
+        f"import sys; sys.path[:0] = {[str(Path(gh.__file__).parent)]!r}\n"
+        "from pathlib import Path\n"
+        "import gradio_helper as gh\n"
+        "from tests.demo_support import FakePipeline, fake_folder\n"
+        "gh._load_pipeline = FakePipeline\n"
+        f"folder = fake_folder(Path({str(tmp_path / 'fp16')!r}))",
+        "demo = gh.make_demo({'FP16': folder})\ngh.launch_demo(demo)",
+        "from gradio_client import Client\n"
+        "client = Client(demo.local_url, verbose=False)\n"
+        "pictures, details = client.predict('a red heart', seed=7, api_name='/generate')",
+        "demo.close()",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
+    NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    _, launch, call, close = (cell.outputs for cell in notebook.cells)
+    frame, line = launch
+    assert re.fullmatch(r"The demo is at http://127\.0\.0\.1:\d+/\n", line.text)
+    assert re.search(r'<iframe src="http://127\.0\.0\.1:\d+/"', frame.data["text/html"])
+    assert call == close == []
 
 
 # -- the real thing ----------------------------------------------------------------------------
