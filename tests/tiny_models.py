@@ -1,6 +1,7 @@
 """Random PixArt checkpoints that are built in a second: right in structure, tiny in size."""
 
 import io
+import shutil
 from pathlib import Path
 
 import sentencepiece
@@ -13,6 +14,7 @@ from diffusers import (
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
 )
+from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 TEXT_WIDTH = 32  # d_model of T5, caption_channels of the transformer
@@ -38,6 +40,25 @@ def build_checkpoint(folder: Path, family: str, seed: int = 0) -> Path:
         vae=build_vae(),
         scheduler=scheduler_class(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
     ).save_pretrained(folder)
+    return folder
+
+
+def as_published(checkpoint: Path, folder: Path) -> Path:
+    """Copy a checkpoint the way PixArt-α's repositories have it.
+
+    The transformer under its old class name and with a weight that nobody uses, a tokenizer that
+    is nothing but a sentencepiece model.
+    """
+    shutil.copytree(checkpoint, folder)
+    for file in (folder / "model_index.json", folder / "transformer" / "config.json"):
+        text = file.read_text().replace("PixArtTransformer2DModel", "Transformer2DModel")
+        file.write_text(text)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = load_file(weights)
+    state["caption_projection.y_embedding"] = torch.zeros(120, TEXT_WIDTH)
+    save_file(state, weights, metadata={"format": "pt"})
+    shutil.rmtree(folder / "tokenizer")
+    shutil.move(folder / "spiece", folder / "tokenizer")
     return folder
 
 
