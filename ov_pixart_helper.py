@@ -1429,16 +1429,21 @@ def optimize_pipeline(
     output.mkdir(parents=True, exist_ok=True)
     if not all(_is_optimized(output / name, records[name]) for name in PARTS):
         (output / MODEL_INDEX).unlink(missing_ok=True)
-    for name, record in records.items():
-        if _is_optimized(output / name, record):
-            continue
-        twin = _find_twin(output, name, record)
-        with _staged(output / name) as folder:
-            if twin is not None:
-                shutil.copytree(twin, folder, dirs_exist_ok=True)
-            else:
-                _optimize_part(source, name, recipes[name], data, folder, progress=progress)
-                _write_record(folder, record)
+    with tqdm(total=len(PARTS), unit="model", disable=not progress) as bar:
+        for name, record in records.items():
+            kept = _is_optimized(output / name, record)
+            twin = None if kept else _find_twin(output, name, record)
+            verb = "Keeping" if kept else "Copying" if twin else "Optimising"
+            bar.set_description(f"{verb} {name}")
+            if not kept:
+                with _staged(output / name) as folder:
+                    if twin:
+                        shutil.copytree(twin, folder, dirs_exist_ok=True)
+                    else:
+                        _optimize_part(source, name, recipes[name], data, folder, progress)
+                        _write_record(folder, record)
+            bar.update()
+        bar.set_description("Optimised")
     for name in ("tokenizer", "scheduler"):
         shutil.copytree(source / name, output / name, dirs_exist_ok=True)
     _write_json(_read_model_index(source), output / MODEL_INDEX)
@@ -1498,7 +1503,6 @@ def _optimize_part(
     recipe: Recipe,
     data: "_CalibrationData",
     folder: Path,
-    *,
     progress: bool,
 ) -> None:
     """Apply a recipe to one model of `source` and write it to `folder`."""
@@ -1512,15 +1516,21 @@ def _optimize_part(
     config = _read_config(source / name / "config.json")
     passes = recipe.scale_estimation + recipe.activations * (1 + (recipe.smooth_quant >= 0))
     with (
-        tqdm(total=passes * len(samples), unit="sample", disable=not progress) as bar,
+        _progress_bar(f"Calibrating {name}", passes * len(samples), "sample", progress) as bar,
         _quiet(),
-        contextlib.redirect_stdout(None),  # NNCF draws tables and bars of its own
+        contextlib.redirect_stdout(io.StringIO()),  # NNCF draws tables and bars of its own
     ):
-        bar.set_description(f"Optimising {name}")
         model = _apply_recipe(model, recipe, config, samples, bar.update)
     store_runtime_options(model, **dict(recipe.options))
     _number_anew(model)
     ov.save_model(model, folder / IR_NAME)
+
+
+def _progress_bar(description: str, total: int, unit: str, shown: bool) -> tqdm:
+    """A bar below the one that counts models; it goes when it is full."""
+    return tqdm(
+        desc=description, total=total, unit=unit, leave=False, disable=not (shown and total)
+    )
 
 
 def _number_anew(model: ov.Model) -> None:
@@ -1782,10 +1792,8 @@ class _CalibrationData:
         pipeline.set_progress_bar_config(disable=True)
         sizes = _calibration_sizes(pipeline, settings)
         arrays = {}
-        with tqdm(
-            self.prompts, desc="Drawing for calibration", unit="picture", disable=not progress
-        ) as bar:
-            for i, prompt in enumerate(bar):
+        with _progress_bar("Drawing", len(self.prompts), "picture", progress) as bar:
+            for i, prompt in enumerate(self.prompts):
                 height, width = sizes[i % len(sizes)]
                 picture = _record_picture(
                     pipeline,
@@ -1798,6 +1806,9 @@ class _CalibrationData:
                     first=i,
                 )
                 arrays |= {f"{i}/{key}": value for key, value in picture.items()}
+                bar.update()
+        del pipeline
+        gc.collect()  # it holds itself, and its models: they would crowd the calibration
         self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / f".partial-{file.name}"
         np.savez(partial, **arrays)
