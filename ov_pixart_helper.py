@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
+from unittest import mock
 
 # ==================================================================================================
 # 0. Quiet, please
@@ -74,6 +75,17 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
+@contextlib.contextmanager
+def _silent_nncf() -> Iterator[None]:
+    """Keep NNCF from drawing tables, and bars of its own, which a notebook keeps as empty boxes."""
+    with (
+        _quiet(),
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(rich.progress.Progress, "start", lambda progress: None),
+    ):
+        yield
+
+
 _opt_out_of_telemetry()
 with _quiet():
     import datasets
@@ -83,6 +95,7 @@ with _quiet():
     import openvino as ov
     import pandas as pd
     import psutil
+    import rich.progress
     import torch
     from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtSigmaPipeline
     from diffusers import PixArtTransformer2DModel as PixArtTransformer
@@ -432,7 +445,7 @@ def _check_weight_format(weight_format: str) -> None:
 
 def _compress_weights(model: ov.Model, weight_format: str, config: Any) -> ov.Model:
     """Compress the weights in memory, before anything is written."""
-    with _quiet(), contextlib.redirect_stdout(io.StringIO()):  # NNCF draws tables and bars
+    with _silent_nncf():
         if weight_format == "int8":
             mode = nncf.CompressWeightsMode.INT8_ASYM
             return nncf.compress_weights(model, mode=mode, ignored_scope=SINUSOIDS)
@@ -1517,8 +1530,7 @@ def _optimize_part(
     passes = recipe.scale_estimation + recipe.activations * (1 + (recipe.smooth_quant >= 0))
     with (
         _progress_bar(f"Calibrating {name}", passes * len(samples), "sample", progress) as bar,
-        _quiet(),
-        contextlib.redirect_stdout(io.StringIO()),  # NNCF draws tables and bars of its own
+        _silent_nncf(),
     ):
         model = _apply_recipe(model, recipe, config, samples, bar.update)
     store_runtime_options(model, **dict(recipe.options))
@@ -2338,7 +2350,7 @@ def _draw_bars(
 ) -> None:
     """Horizontal bars, one a label, with their numbers; an infinite one is the reference's."""
     finite = values[np.isfinite(values)]
-    longest = float(finite.max()) if len(finite) else 1.0
+    longest = (float(finite.max()) if len(finite) else 0.0) or 1.0
     for row, (label, value) in enumerate(values.items()):
         if not np.isfinite(value):
             ax.text(0.01 * longest, row, "equal" if value > 0 else "–", va="center", fontsize=9)
