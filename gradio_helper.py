@@ -120,6 +120,11 @@ class Settings:
     aspect_ratio: str = "1:1"
     precision: str = ""
 
+    @property
+    def seeds(self) -> list[int]:
+        """One seed a picture, so that each can be painted again on its own."""
+        return [(self.seed + i) % (MAX_SEED + 1) for i in range(self.pictures)]
+
 
 @dataclass(frozen=True)
 class ModelFacts:
@@ -315,7 +320,7 @@ class Studio:
         self.output = Path(tempfile.mkdtemp(prefix="pixart-demo-"))
         weakref.finalize(self, shutil.rmtree, self.output, ignore_errors=True)
         self._pipelines: OrderedDict[str, Any] = OrderedDict()
-        self._preview: LatentPreview | None = None
+        self._previews: dict[str, LatentPreview] = {}
         self._lock = threading.RLock()
         self._closing = threading.Event()
 
@@ -401,7 +406,7 @@ class Studio:
         check_stop()
         pipe = self.pipeline(settings.precision)
         model = self.facts[settings.precision]
-        preview = self._preview_of(pipe)
+        preview = self._preview_of(settings.precision, pipe)
         prompt, notes = _fit_prompt(pipe, styled_prompt(settings, model), model)
         negative, _ = _fit_prompt(pipe, settings.negative_prompt.strip(), model)
         tell(Note(notes))
@@ -427,9 +432,7 @@ class Studio:
             use_resolution_binning=False,  # the size is one of the model's bins already
             max_sequence_length=model.max_tokens,
             clean_caption=False,  # done above, where it can be cut to the model's length
-            generator=[
-                torch.Generator().manual_seed(settings.seed + i) for i in range(settings.pictures)
-            ],
+            generator=[torch.Generator().manual_seed(seed) for seed in settings.seeds],
             callback=after_step,
             callback_steps=1,
         ).images
@@ -437,16 +440,16 @@ class Studio:
         step_ms = 1e3 * statistics.median(np.diff(ticks)) if len(ticks) > 1 else 0.0
         return Painted(images, time.perf_counter() - ticks[0], step_ms, notes)
 
-    def _preview_of(self, pipe: Any) -> LatentPreview:
-        if self._preview is None:  # precisions of one model share their VAE
+    def _preview_of(self, label: str, pipe: Any) -> LatentPreview:
+        if label not in self._previews:
             scaling = pipe.vae.config.scaling_factor
             with torch.no_grad():
-                self._preview = LatentPreview(
+                self._previews[label] = LatentPreview(
                     lambda latents: torch.as_tensor(
                         pipe.vae.decode(latents / scaling, return_dict=False)[0]
                     )
                 )
-        return self._preview
+        return self._previews[label]
 
 
 def _load_pipeline(folder: Path) -> Any:
@@ -927,10 +930,18 @@ class _Page:
         )
         with gr.Row(elem_id="basics"):
             c["precision"] = gr.Dropdown(
-                list(self.studio.folders), value=default, label="Precision", elem_id="precision"
+                list(self.studio.folders),
+                value=default,
+                filterable=False,
+                label="Precision",
+                elem_id="precision",
             )
             c["aspect_ratio"] = gr.Dropdown(
-                list(model.sizes), value="1:1", label="Aspect ratio", elem_id="aspect-ratio"
+                list(model.sizes),
+                value="1:1",
+                filterable=False,
+                label="Aspect ratio",
+                elem_id="aspect-ratio",
             )
         with gr.Row(elem_id="seed-row"):
             c["seed"] = gr.Number(
@@ -958,7 +969,9 @@ class _Page:
         c["negative_prompt"] = gr.Textbox(
             "", lines=1, elem_id="negative-prompt", **_negative_looks(model.guidance)
         )
-        c["style"] = gr.Dropdown(list(model.styles), value=NO_STYLE, label="Style", elem_id="style")
+        c["style"] = gr.Dropdown(
+            list(model.styles), value=NO_STYLE, filterable=False, label="Style", elem_id="style"
+        )
         c["pictures"] = gr.Slider(
             1, MAX_PICTURES, 1, step=1, label="Number of pictures", elem_id="pictures"
         )
@@ -967,8 +980,10 @@ class _Page:
 
     def _build_results(self, default: str) -> None:
         self.history = gr.State([])
+        self.model = gr.State(default)  # the precision that the controls are set up for
         self.shown = gr.State(None)  # index in the history of the picture on the stage
-        with gr.Tabs(elem_id="results"):
+        self.tabs = gr.Tabs(elem_id="results")
+        with self.tabs:
             with gr.Tab("Picture", id="picture"):
                 self.stage = gr.HTML(stage(), apply_default_css=False, elem_id="stage")
             with gr.Tab("Compare", id="compare"):
@@ -986,8 +1001,12 @@ class _Page:
         labels = list(self.studio.folders)
         other = next((label for label in labels if label != default), default)
         with gr.Row():
-            self.left = gr.Dropdown(labels, value=default, label="Left", elem_id="left")
-            self.right = gr.Dropdown(labels, value=other, label="Right", elem_id="right")
+            self.left = gr.Dropdown(
+                labels, value=default, filterable=False, label="Left", elem_id="left"
+            )
+            self.right = gr.Dropdown(
+                labels, value=other, filterable=False, label="Right", elem_id="right"
+            )
         alone = len(labels) < 2
         self.compare = gr.Button(
             "Compare needs two precisions" if alone else "Compare on the same seed",
@@ -1028,6 +1047,7 @@ class _Page:
         checked = [c["seed"], c["steps"], c["guidance"], c["negative_prompt"], c["pictures"]]
         checked += [self.right, self.more]
         outputs = [
+            self.tabs,
             self.stage,
             self.note,
             self.slider,
@@ -1079,14 +1099,14 @@ class _Page:
         self.strip.select(
             self._show,
             [self.history],
-            [self.stage, self.strip, self.shown, self.reuse],
+            [self.tabs, self.stage, self.strip, self.shown, self.reuse],
             queue=False,
             **hidden,
         )
         self.reuse.click(
             self._reuse,
             [self.history, self.shown],
-            [*inputs, self.randomise],
+            [self.model, *inputs, self.randomise],
             queue=False,
             **hidden,
         )
@@ -1097,10 +1117,10 @@ class _Page:
             queue=False,
             **hidden,
         )
-        c["precision"].change(
+        c["precision"].input(
             self._precision_changed,
-            [c["precision"]],
-            [c["steps"], c["guidance"], c["negative_prompt"], c["style"], c["aspect_ratio"]],
+            [self.model, *inputs],
+            [self.model, *inputs],
             queue=False,
             **hidden,
         )
@@ -1127,7 +1147,12 @@ class _Page:
         *chosen, randomise = values
         yield from self._check(chosen, randomise)
         waiting = stage(state="waiting", headline="Waiting for its turn")
-        yield {self.stage: waiting, **self._seed(chosen, randomise), **self._busy(True)}
+        yield {
+            self.stage: waiting,
+            **self._at_picture(),
+            **self._seed(chosen, randomise),
+            **self._busy(True),
+        }
 
     def _prepare_compare(self, *values: Any) -> Iterator[dict[Any, Any]]:
         *chosen, randomise, left, right = values
@@ -1177,6 +1202,9 @@ class _Page:
         yield shown
         if found:  # ends this chain of events; the messages say the rest
             raise gr.Error("Some settings were refused.", visible=False, print_exception=False)
+
+    def _at_picture(self) -> dict[Any, Any]:
+        return {self.tabs: gr.update(selected="picture")}
 
     def _busy(self, busy: bool) -> dict[Any, Any]:
         return {
@@ -1250,8 +1278,8 @@ class _Page:
     ) -> tuple[list, list[Path]]:
         """Saves the pictures and adds them to this visit; the oldest make room."""
         paths = []
-        for i, image in enumerate(painted.images):
-            own = replace(settings, seed=(settings.seed + i) % (MAX_SEED + 1), pictures=1)
+        for seed, image in zip(settings.seeds, painted.images, strict=True):
+            own = replace(settings, seed=seed, pictures=1)
             paths.append(save_picture(image, self.studio.output, own))
             entry = {
                 "path": str(paths[-1]),
@@ -1347,7 +1375,7 @@ class _Page:
     def _show(self, request: gr.Request, history: list, event: gr.EventData) -> Any:
         index = event.index
         if request.session_hash in self.jobs or not 0 <= index < len(history):
-            return [gr.skip()] * 4  # the stage is in use
+            return [gr.skip()] * 5  # the stage is in use
         entry = history[index]
         path = Path(entry["path"])
         shown = stage(
@@ -1359,22 +1387,39 @@ class _Page:
             progress=1,
             downloads=[path],
         )
-        return shown, history_strip(history, index), index, gr.update(interactive=True)
+        at_picture = gr.update(selected="picture")
+        return at_picture, shown, history_strip(history, index), index, gr.update(interactive=True)
 
     def _reuse(self, history: list, shown: int | None) -> list[Any]:
         if shown is None or not 0 <= shown < len(history):
-            return [gr.skip()] * (len(FIELDS) + 1)
-        return [*history[shown]["settings"].values(), False]
+            return [gr.skip()] * (len(FIELDS) + 2)
+        settings = Settings(**history[shown]["settings"])
+        return [settings.precision, *self._controls_for(settings), False]
 
-    def _precision_changed(self, label: str) -> list[Any]:
-        model = self.studio.facts[label]
-        return [
-            gr.update(value=model.steps, minimum=model.min_steps),
-            gr.update(**_guidance_looks(model)),
-            gr.update(**_negative_looks(model.guidance)),
-            gr.update(choices=list(model.styles)),
-            gr.update(choices=list(model.sizes)),
-        ]
+    def _precision_changed(self, before: str, *chosen: Any) -> list[Any]:
+        """Another precision keeps every setting; another kind of model brings its own."""
+        settings = Settings(*chosen)
+        old, new = self.studio.facts[before], self.studio.facts[settings.precision]
+        if (old.steps, old.guidance) != (new.steps, new.guidance):
+            settings = replace(settings, steps=new.steps, guidance=new.guidance)
+        if settings.style not in new.styles:
+            settings = replace(settings, style=NO_STYLE)
+        if settings.aspect_ratio not in new.sizes:
+            settings = replace(settings, aspect_ratio="1:1")
+        return [settings.precision, *self._controls_for(settings)]
+
+    def _controls_for(self, settings: Settings) -> list[Any]:
+        """What every control shows for these settings, in the order of `FIELDS`."""
+        model = self.studio.facts[settings.precision]
+        looks: dict[str, dict[str, Any]] = {
+            "negative_prompt": _negative_looks(settings.guidance),
+            "style": {"choices": list(model.styles)},
+            "steps": {"minimum": model.min_steps},
+            "guidance": _guidance_looks(model),
+            "aspect_ratio": {"choices": list(model.sizes)},
+        }
+        values = asdict(settings)
+        return [gr.update(**{**looks.get(name, {}), "value": values[name]}) for name in FIELDS]
 
     # -- programs ------------------------------------------------------------------------------
 
