@@ -1316,13 +1316,15 @@ def show_pictures(pictures: dict[str, Image.Image | np.ndarray]) -> Figure:
 class Recipe:
     """What NNCF does to one of the three models.
 
-    `weights`: store weights as "int8" or "int4" (None: leave the model as it is). `activations`:
-    compute in 8-bit integers too, in ranges learnt from calibration data, except in the layers of
-    `weights_only`. `floating` layers are left alone. Layers are given by regular expressions on
-    their names in the IR, which follow the modules of the PyTorch model.
+    `weights`: store weights as "int8" or "int4" (None: leave the model as it is); with "int4",
+    those of `sensitive` layers take 8 bits. `activations`: compute in 8-bit integers too, in
+    ranges learnt from calibration data, except in the layers of `weights_only`; all weights that
+    take part have 8 bits. `floating` layers are left alone. Layers are given by regular
+    expressions on their names in the IR, which follow the modules of the PyTorch model.
     """
 
     weights: str | None = None
+    sensitive: tuple[str, ...] = ()
     activations: bool = False
     weights_only: tuple[str, ...] = ()
     floating: tuple[str, ...] = ()
@@ -1526,7 +1528,7 @@ def _optimize_part(
         return
     samples = data.samples(name, progress=progress) if recipe.needs_data else []
     model = _read_ir(source / name)
-    config = _read_config(source / name / "config.json")
+    config = SimpleNamespace(**_read_config(source / name / "config.json"))
     passes = recipe.scale_estimation + recipe.activations * (1 + (recipe.smooth_quant >= 0))
     with (
         _progress_bar(f"Calibrating {name}", passes * len(samples), "sample", progress) as bar,
@@ -1558,7 +1560,7 @@ def _number_anew(model: ov.Model) -> None:
 def _apply_recipe(
     model: ov.Model,
     recipe: Recipe,
-    config: dict[str, Any],
+    config: SimpleNamespace,
     samples: list[dict[str, np.ndarray]],
     on_sample: Callable[[], Any],
 ) -> ov.Model:
@@ -1569,13 +1571,20 @@ def _apply_recipe(
         return sample
 
     dataset = nncf.Dataset(samples, count) if samples else None
-    floating = _layers(model, recipe.floating)
-    if not recipe.activations:
-        return _compress_layers(model, recipe, config, floating, dataset)
-    spared = _layers(model, recipe.weights_only)
+    weighted, floating = _layers(model, _WEIGHTED), _layers(model, recipe.floating)
+    spared = _layers(model, recipe.weights_only) if recipe.activations else weighted
+    if recipe.weights == "int4":
+        quarters = (spared & weighted) - floating - _layers(model, recipe.sensitive)
+        fit = dataset if recipe.scale_estimation else None
+        model = _compress_to_4_bits(model, _int4_group_size(config), weighted - quarters, fit)
     if spared:
-        integers = _layers(model, (r"/(MatMul|Convolution|Gather)",)) - spared
-        model = _compress_layers(model, recipe, config, integers | floating, dataset)
+        model = nncf.compress_weights(
+            model,
+            mode=nncf.CompressWeightsMode.INT8_ASYM,
+            ignored_scope=_scope((weighted - spared) | floating),
+        )
+    if not recipe.activations:
+        return model
     smooth_quant = nncf.AdvancedSmoothQuantParameters(matmul=recipe.smooth_quant)
     return nncf.quantize(
         model,
@@ -1585,6 +1594,9 @@ def _apply_recipe(
         ignored_scope=_scope(spared | floating),
         advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smooth_quant),
     )
+
+
+_WEIGHTED = (r"/(MatMul|Convolution|Gather)(_\d+)?$",)  # what NNCF may find weights in
 
 
 def _layers(model: ov.Model, patterns: tuple[str, ...]) -> set[str]:
@@ -1597,26 +1609,19 @@ def _scope(names: set[str]) -> nncf.IgnoredScope:
     return nncf.IgnoredScope(names=sorted(names), validate=False)
 
 
-def _compress_layers(
-    model: ov.Model,
-    recipe: Recipe,
-    config: dict[str, Any],
-    ignored: set[str],
-    dataset: nncf.Dataset | None,
+def _compress_to_4_bits(
+    model: ov.Model, group_size: int, ignored: set[str], dataset: nncf.Dataset | None
 ) -> ov.Model:
-    """Store weights as integers, apart from those of the `ignored` layers."""
-    if recipe.weights == "int8":
-        mode = nncf.CompressWeightsMode.INT8_ASYM
-        return nncf.compress_weights(model, mode=mode, ignored_scope=_scope(ignored))
+    """Store weights in 4 bits; those that do not divide into groups stay as they are."""
     return nncf.compress_weights(
         model,
         mode=nncf.CompressWeightsMode.INT4_SYM,
         ratio=1.0,
-        group_size=_int4_group_size(SimpleNamespace(**config)),
-        backup_mode=nncf.BackupMode.INT8_ASYM,
+        group_size=group_size,
+        backup_mode=nncf.BackupMode.NONE,
         ignored_scope=_scope(ignored),
         dataset=dataset,
-        scale_estimation=recipe.scale_estimation,
+        scale_estimation=dataset is not None,
         advanced_parameters=nncf.AdvancedCompressionParameters(
             group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE
         ),
