@@ -716,8 +716,8 @@ STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "vae": (train_vae, 2800),
     "latents": (make_latents, 0),
     "dit-128": (train_dit_128, 1000),
-    "dit-256": (train_dit_256, 1150),
-    "decoder": (train_decoder, 2400),
+    "dit-256": (train_dit_256, 900),
+    "decoder": (train_decoder, 1000),
     "export": (export, 0),
 }
 
