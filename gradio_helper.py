@@ -707,7 +707,7 @@ HEADER = """
 CSS = """
 :root { --demo-accent: var(--primary-700); }
 .dark { --demo-accent: var(--primary-300); --color-accent: var(--primary-300); }
-html { scrollbar-gutter: stable; }
+html { scrollbar-gutter: stable both-edges; }
 .gradio-container { width: 100%; max-width: 1160px !important; margin: 0 auto !important; }
 #workspace > .column { flex-basis: 0; }  /* columns keep their width whatever is in them */
 .page-header h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
@@ -878,7 +878,7 @@ def make_demo(pipelines: dict[str, Path], *, default: str | None = None) -> gr.B
     missing = [label for label, f in folders.items() if not (f / "model_index.json").is_file()]
     if missing:
         raise FileNotFoundError(f"No converted pipeline in {pipelines[missing[0]]}.")
-    with Demo(title="PixArt with OpenVINO", analytics_enabled=False) as demo:
+    with Demo(title="PixArt with OpenVINO", analytics_enabled=False, fill_width=True) as demo:
         demo.studio = Studio(folders)
         _Page(demo, default)
     return demo
