@@ -25,7 +25,7 @@ def code_cells(notebook):
 
 def texts(cell):
     """Every text that a cell left behind."""
-    for output in cell.outputs:
+    for output in cell.get("outputs", []):
         yield output.get("text", "")
         yield from (str(output.get("data", {}).get(k, "")) for k in ("text/plain", "text/html"))
 
