@@ -281,6 +281,9 @@ class _Stopped(Exception):
     """Raised inside diffusers' callback: the only way out of its loop between two steps."""
 
 
+Decode = Callable[[torch.Tensor], torch.Tensor]  # latents (B, 4, h, w) → pictures in [-1, 1]
+
+
 class LatentPreview:
     """Turns latents `(B, 4, h, w)` into small pictures while the pipeline is at work.
 
@@ -291,8 +294,7 @@ class LatentPreview:
 
     SHARE = 0.3  # of a step's time that the VAE may take
 
-    def __init__(self, decode: Callable[[torch.Tensor], torch.Tensor], channels: int = 4) -> None:
-        self.decode = decode
+    def __init__(self, decode: Decode, channels: int = 4) -> None:
         generator = torch.Generator().manual_seed(0)
         smooth = torch.randn(8, channels, 4, 4, generator=generator)
         latents = torch.nn.functional.interpolate(smooth, scale_factor=4, mode="bicubic")
@@ -305,11 +307,13 @@ class LatentPreview:
         decode(latents[:2])
         self.seconds_per_latent = (time.perf_counter() - started) / (2 * 16 * 16)
 
-    def __call__(self, latents: torch.Tensor, step_seconds: float = 0.0) -> list[Image.Image]:
+    def __call__(
+        self, latents: torch.Tensor, decode: Decode, step_seconds: float
+    ) -> list[Image.Image]:
         batch, _, height, width = latents.shape
         cost = self.seconds_per_latent * batch * height * width / 4
         if cost < self.SHARE * step_seconds:
-            colours = self.decode(torch.nn.functional.avg_pool2d(latents.float(), 2)).float()
+            colours = decode(torch.nn.functional.avg_pool2d(latents.float(), 2)).float()
             colours = colours.permute(0, 2, 3, 1)
         else:
             colours = (self._design(latents) @ self.weights).reshape(batch, height, width, 3)
@@ -417,7 +421,8 @@ class Studio:
         check_stop()
         pipe = self.pipeline(settings.precision)
         model = self.facts[settings.precision]
-        preview = self._preview_of(settings.precision, pipe)
+        decode = _decoder(pipe)
+        preview = self._preview_of(settings.precision, decode)
         prompt, notes = _fit_prompt(pipe, styled_prompt(settings, model), model)
         negative, _ = _fit_prompt(pipe, settings.negative_prompt.strip(), model)
         tell(Note(notes))
@@ -427,7 +432,7 @@ class Studio:
             check_stop()
             ticks.append(time.perf_counter())
             pace = statistics.median(np.diff(ticks))
-            images = preview(_estimate(pipe, latents), pace)
+            images = preview(_estimate(pipe, latents), decode, pace)
             tell(Preview(step + 1, settings.steps, images, pace * (settings.steps - step - 1)))
 
         check_stop()
@@ -451,15 +456,9 @@ class Studio:
         step_ms = 1e3 * statistics.median(np.diff(ticks)) if len(ticks) > 1 else 0.0
         return Painted(images, time.perf_counter() - ticks[0], step_ms, notes)
 
-    def _preview_of(self, label: str, pipe: Any) -> LatentPreview:
+    def _preview_of(self, label: str, decode: Decode) -> LatentPreview:
         if label not in self._previews:
-            scaling = pipe.vae.config.scaling_factor
-            with torch.no_grad():
-                self._previews[label] = LatentPreview(
-                    lambda latents: torch.as_tensor(
-                        pipe.vae.decode(latents / scaling, return_dict=False)[0]
-                    )
-                )
+            self._previews[label] = LatentPreview(decode)
         return self._previews[label]
 
 
@@ -468,6 +467,16 @@ def _load_pipeline(folder: Path) -> Any:
     pipe = OVDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _decoder(pipe: Any) -> Decode:
+    scaling = pipe.vae.config.scaling_factor
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.as_tensor(pipe.vae.decode(latents / scaling, return_dict=False)[0])
+
+    return decode
 
 
 def _estimate(pipe: Any, latents: torch.Tensor) -> torch.Tensor:

@@ -174,19 +174,22 @@ def test_preview_shows_the_colours_of_the_picture(studio):
     assert np.abs(seen - np.asarray(painted.images[0], dtype=float)).mean() < 8
 
 
+def decode(latents: torch.Tensor) -> torch.Tensor:
+    return FakePipeline.decode(latents)[0]
+
+
 def test_preview_of_a_linear_vae_is_exact():
-    preview = gh.LatentPreview(lambda latents: FakePipeline.decode(latents)[0])
     latents = torch.randn(1, 4, 8, 8) / 4
-    picture = FakePipeline.decode(latents)[0][0, :, ::8, ::8].permute(1, 2, 0)
+    picture = decode(latents)[0, :, ::8, ::8].permute(1, 2, 0)
     expected = ((picture / 2 + 0.5).clamp(0, 1) * 255).numpy()
-    assert np.abs(np.asarray(preview(latents)[0], dtype=float) - expected).max() <= 1
+    preview = gh.LatentPreview(decode)(latents, decode, step_seconds=0.0)[0]
+    assert np.abs(np.asarray(preview, dtype=float) - expected).max() <= 1
 
 
 def test_a_cheap_vae_decodes_previews_itself():
-    preview = gh.LatentPreview(lambda latents: FakePipeline.decode(latents)[0])
-    latents = torch.randn(2, 4, 8, 16)
-    assert [p.size for p in preview(latents, step_seconds=60.0)] == [(64, 32)] * 2
-    assert [p.size for p in preview(latents, step_seconds=0.0)] == [(16, 8)] * 2
+    preview, latents = gh.LatentPreview(decode), torch.randn(2, 4, 8, 16)
+    assert [p.size for p in preview(latents, decode, step_seconds=60.0)] == [(64, 32)] * 2
+    assert [p.size for p in preview(latents, decode, step_seconds=0.0)] == [(16, 8)] * 2
 
 
 def test_stop_ends_within_one_step(studio, monkeypatch):
