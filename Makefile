@@ -19,11 +19,15 @@ run: $(STAMP)
 	@echo "The executed notebook: build/pixart.ipynb"
 	@echo "Its pictures:          build/pixart_files/"
 
+# nbval runs a copy: what an earlier run has left in models/ would shorten the notebook's progress.
 test: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/python -m pytest tests
-	@$(BIN)/python -m pytest --nbval --nbval-sanitize-with tests/nbval_sanitize.cfg pixart.ipynb
+	@rm -rf build/nbval && mkdir -p build/nbval
+	@cp -R pixart.ipynb ov_pixart_helper.py gradio_helper.py assets build/nbval
+	@cd build/nbval && $(CURDIR)/$(BIN)/python -m pytest --nbval \
+	  --nbval-sanitize-with $(CURDIR)/tests/nbval_sanitize.cfg pixart.ipynb
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab pixart.ipynb
