@@ -148,14 +148,6 @@ class ModelFacts:
         return SCENE_EXAMPLES if self.knows_scenes else EXAMPLES
 
 
-class SettingsError(ValueError):
-    """A setting that is refused: `name` is the field, the message is for the reader."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(message)
-        self.name = name
-
-
 def problems(settings: Settings, facts: dict[str, ModelFacts]) -> dict[str, str]:
     """Returns field → message for every setting that cannot be used (empty: all is well)."""
     found: dict[str, str] = {}
