@@ -1993,14 +1993,13 @@ class _Worker:
 
     def draw(self, prompt: str, seed: int, **call) -> _Turn:
         """Have one picture drawn; raises RuntimeError with what went wrong at the far end."""
-        with contextlib.suppress(BrokenPipeError):
-            self.connection.send({"prompt": prompt, "seed": seed, **call})
-        while not self.connection.poll(0.5):
-            if not self.process.is_alive() and not self.connection.poll():
-                raise RuntimeError(self._obituary())
         try:
+            self.connection.send({"prompt": prompt, "seed": seed, **call})
+            while not self.connection.poll(0.5):
+                if not self.process.is_alive() and not self.connection.poll():
+                    raise EOFError
             answer = self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):  # a closed pipe shows in either way, by chance
             raise RuntimeError(self._obituary()) from None
         if isinstance(answer, str):
             raise RuntimeError(f"{self.label!r} failed: {answer}")
@@ -2052,7 +2051,7 @@ def _no_main_module() -> Iterator[None]:
 def _serve(connection: Any, folder: str) -> None:
     """The far end: draw what is asked for, until None comes. Failures go back as text."""
     with (
-        contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt),
+        contextlib.suppress(EOFError, ConnectionError, KeyboardInterrupt),
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
