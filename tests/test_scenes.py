@@ -71,9 +71,26 @@ def test_the_oracle_reads_fresh_renders_and_rejects_one_wrong_attribute():
 
 
 def test_the_oracle_rejects_a_torn_shape():
-    rng = np.random.default_rng(3)
     scene = scenes.parse_caption("a large red circle on a white background")
-    picture = scenes.render(scene, 256, 256, rng)
+    picture = scenes.paint(scene, [scenes.Placement(0.5, 0.5, 0.2)], 256, 256)
     assert oracle.score_caption(picture, scene).right
     picture[:, 128:] = np.roll(picture[:, 128:], 24, axis=0)
     assert not oracle.score_caption(picture, scene).right
+
+
+@pytest.mark.parametrize(("height", "width"), SHAPES)
+def test_things_stand_apart_inside_the_picture_as_the_relation_says(height, width):
+    rng = np.random.default_rng(3)
+    for _ in range(300):
+        scene = scenes.sample_scene(rng)
+        layout = scenes.place(scene, height, width, rng)
+        size = np.array([width, height]) / min(height, width)
+        for at in layout:
+            centre = np.array([at.x, at.y])
+            assert (centre - at.radius > 0.02).all() and (centre + at.radius < size - 0.02).all()
+        if scene.relation is not None:
+            first, second = (np.array([at.x, at.y]) for at in layout)
+            towards = np.array(scenes.RELATIONS[scene.relation])
+            along = (first - second) @ towards
+            assert along > abs((first - second) @ towards[::-1])
+            assert along > layout[0].radius + layout[1].radius + 0.05

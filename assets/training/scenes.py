@@ -338,6 +338,11 @@ def _sample(field: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------------
 
 
+RASTER = 16  # pixels: things stand where the DiT's patches meet, so it has few patterns to learn
+MARGIN = 0.03  # of the short side, between things and the picture's edge
+GAPS = (0.07, 0.26)  # of the short side, between the two things of a pair
+
+
 @dataclass(frozen=True)
 class Placement:
     """Centre and radius of a thing, in units of the picture's short side."""
@@ -348,31 +353,54 @@ class Placement:
 
 
 def place(scene: Scene, height: int, width: int, rng: np.random.Generator) -> list[Placement]:
-    """Draws positions that fit the picture and make the scene's relation plain to see."""
+    """Draws positions that fit the picture and make the scene's relation plain to see.
+
+    Centres are multiples of `RASTER` pixels; pictures too small for that get a finer raster.
+    """
     short = min(height, width)
-    size = np.array([width, height]) / short  # the canvas in units of the short side
-    margin = 0.03
-    jitter = 0.04
-    radii = [SIZES[t.size or str(rng.choice(list(SIZES)))] for t in scene.things]
-    radii = [r * rng.uniform(0.95, 1.05) for r in radii]
+    radii = [SIZES[t.size or str(rng.choice(list(SIZES)))] * short for t in scene.things]
     if scene.relation is None:
-        reach = np.maximum(size / 2 - radii[0] - margin, 0)
-        centre = size / 2 + np.clip(rng.uniform(-0.12, 0.12, 2), -reach, reach)
-        return [Placement(*centre, radii[0])]
-    direction = np.array(RELATIONS[scene.relation], float)
-    axis = int(abs(direction[1]))
-    span = 2 * (radii[0] + radii[1])
-    slack = size[axis] - 2 * margin - span
-    gap = rng.uniform(0.07, max(0.08, min(0.2, slack)))
-    start = margin + (slack - gap) * rng.uniform(0.35, 0.65)
-    first, second = start + radii[0], start + 2 * radii[0] + gap + radii[1]
-    if direction[axis] > 0:  # the first thing comes second along the axis
-        second, first = start + radii[1], start + 2 * radii[1] + gap + radii[0]
+        centre = [
+            rng.choice(_near_middle(extent, min(0.13 * short, extent / 2 - radii[0])))
+            for extent in (width, height)
+        ]
+        return [Placement(*(float(c) / short for c in centre), radii[0] / short)]
+    direction = RELATIONS[scene.relation]
+    axis = 0 if direction[0] else 1
+    along, across = ((width, height), (height, width))[axis]
+    reading_order = slice(None, None, -direction[axis])  # -1 if the first thing comes second
+    pairs = _pairs(along, *radii[reading_order], short)
+    starts = pairs[rng.integers(len(pairs))][reading_order]
     placed = []
-    for along, radius in zip((first, second), radii, strict=True):
-        across = size[1 - axis] / 2 + rng.uniform(-jitter, jitter)
-        placed.append(Placement(*((along, across) if axis == 0 else (across, along)), radius))
+    for start, radius in zip(starts, radii, strict=True):
+        other = rng.choice(_near_middle(across, min(RASTER, 0.13 * short)))
+        centre = (start, other) if axis == 0 else (other, start)
+        placed.append(Placement(*(float(c) / short for c in centre), radius / short))
     return placed
+
+
+def _near_middle(extent: int, reach: float) -> np.ndarray:
+    """Multiples of `RASTER` at most `reach` pixels from the middle, or the middle itself."""
+    points = np.arange(0, extent + 1, RASTER)
+    points = points[np.abs(points - extent / 2) <= reach]
+    return points if len(points) else np.array([extent / 2])
+
+
+@lru_cache(maxsize=256)
+def _pairs(extent: int, first: float, second: float, short: int) -> list[tuple[float, float]]:
+    """Where two radii can stand along an axis, in pixels: inside, well apart, near the middle."""
+    margin, gaps = MARGIN * short, np.array(GAPS) * short
+    for raster in (RASTER, RASTER / 2, RASTER / 4, 1, 0.25):
+        points = np.arange(0, extent + raster, raster)
+        a, b = (grid.ravel() for grid in np.meshgrid(points, points))
+        gap = b - a - first - second
+        fits = (a - first >= margin) & (b + second <= extent - margin)
+        fits &= (gap >= gaps[0]) & (gap <= gaps[1])
+        off_middle = np.abs((a - first + b + second - extent) / 2)
+        fits &= off_middle <= 0.1 * short
+        if fits.any():
+            return list(zip(a[fits].tolist(), b[fits].tolist(), strict=True))
+    raise ValueError(f"short side {short} px: too small a picture for a scene, use 32 or more.")
 
 
 @lru_cache(maxsize=64)
@@ -422,9 +450,14 @@ def _enamel(thing: Thing, x: np.ndarray, y: np.ndarray, distance: np.ndarray) ->
     return np.clip(colour * light[..., None] + gloss[..., None], 0, 255)
 
 
-def render(scene: Scene, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """Paints the scene: (height, width, 3) uint8 sRGB. `rng` draws positions and exact sizes."""
+def paint(scene: Scene, layout: list[Placement], height: int, width: int) -> np.ndarray:
+    """Paints the scene with its things placed as `layout` says: (height, width, 3) uint8 sRGB."""
     canvas = _backdrop(scene.background, height, width).copy()
-    for thing, at in zip(scene.things, place(scene, height, width, rng), strict=True):
+    for thing, at in zip(scene.things, layout, strict=True):
         _paint(canvas, thing, at)
     return (canvas + 0.5).astype(np.uint8)
+
+
+def render(scene: Scene, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Paints the scene: (height, width, 3) uint8 sRGB. `rng` draws positions."""
+    return paint(scene, place(scene, height, width, rng), height, width)

@@ -15,12 +15,14 @@ import argparse
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +225,7 @@ def to_tensor(pictures: np.ndarray | list[np.ndarray]) -> torch.Tensor:
 # Stage: VAE
 # ----------------------------------------------------------------------------------------------
 
-POSTERIOR_STD = 0.1  # noise on unit-variance latents: what the decoder learns to shrug off
+POSTERIOR_STD = 0.2  # noise on unit-variance latents: what the decoder learns to shrug off
 VAE_SIZES = ((128, 128, 4), (256, 256, 1), (192, 336, 1), (336, 192, 1))  # height, width, batch
 
 
@@ -233,7 +235,7 @@ def vae_batch(step: int, pool: dict) -> torch.Tensor:
     kind = rng.random()
     if kind < 0.4:  # four 128² crops at native scale, where the edges are
         pictures = [pool[256, 256][i] for i in rng.integers(len(pool[256, 256]), size=4)]
-        corners = rng.integers(16, 113, size=(4, 2))
+        corners = scenes.RASTER * rng.integers(1, 8, size=(4, 2))
         return to_tensor(
             [p[y : y + 128, x : x + 128] for p, (y, x) in zip(pictures, corners, strict=True)]
         )
@@ -242,13 +244,31 @@ def vae_batch(step: int, pool: dict) -> torch.Tensor:
     return to_tensor([group[i] for i in rng.integers(len(group), size=batch)])
 
 
+def render_scenes(seed: tuple[int, ...], height: int, width: int, count: int) -> list[np.ndarray]:
+    """Renders `count` training scenes."""
+    rng = np.random.default_rng(seed)
+    drawn = [scenes.sample_training_scene(rng) for _ in range(count)]
+    return [scenes.render(scene, height, width, rng) for scene in drawn]
+
+
 def render_pool(sizes: dict[tuple[int, int], int]) -> dict[tuple[int, int], list[np.ndarray]]:
-    """Renders `count` training scenes for each (height, width)."""
-    rng = np.random.default_rng((SEED, 2))
-    return {
-        (h, w): [scenes.render(scenes.sample_training_scene(rng), h, w, rng) for _ in range(count)]
-        for (h, w), count in sizes.items()
-    }
+    """Renders `count` training scenes for each (height, width), on every core."""
+    share = 100
+    jobs = [
+        ((SEED, 2, *size, i), *size, share)
+        for size, count in sizes.items()
+        for i in range(count // share)
+    ]
+    pool = {size: [] for size in sizes}
+    with multiprocessing.get_context("spawn").Pool() as workers:
+        results = workers.imap(_render_job, jobs)
+        for job, pictures in zip(jobs, tqdm(results, "rendering", len(jobs)), strict=True):
+            pool[job[1:3]] += pictures
+    return pool
+
+
+def _render_job(job: tuple) -> list[np.ndarray]:
+    return render_scenes(*job)
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -469,60 +489,118 @@ def train_text_encoder(run: Run) -> None:
 # Stage: latents, computed once
 # ----------------------------------------------------------------------------------------------
 
-CHUNK = 400
+CHUNK = 200
 LATENT_SETS = {  # (height, width): pictures; PixArt's curriculum goes from 128² to 256² and bins
-    (128, 128): 16_000,
-    (256, 256): 4_000,
+    (128, 128): 12_000,
+    (256, 256): 4_800,
     (224, 288): 800,
     (288, 224): 800,
     (192, 336): 800,
     (336, 192): 800,
 }
+# What a patch shows: question → answers, the last of them meaning that no thing is there.
+PATCH_QUESTIONS = {
+    "kind": len(scenes.KINDS) + 1,
+    "colour": len(scenes.COLOURS) + 1,
+    "size": len(scenes.SIZES) + 1,
+    "dx": 13,
+    "dy": 13,
+}
 
 
-def latent_chunks() -> list[tuple[int, int, int]]:
-    return [(h, w, i) for (h, w), count in LATENT_SETS.items() for i in range(count // CHUNK)]
+def patch_labels(
+    scene: scenes.Scene, layout: list[scenes.Placement], height: int, width: int
+) -> torch.Tensor:
+    """What each of the DiT's patches shows, (patches, questions): see `PATCH_QUESTIONS`.
+
+    dx and dy are the distance from the thing's centre in patches; a thing's box includes what its
+    light and shadow touch.
+    """
+    patch = scenes.RASTER
+    y, x = np.mgrid[patch // 2 : height : patch, patch // 2 : width : patch].reshape(2, -1)
+    labels = np.tile([size - 1 for size in PATCH_QUESTIONS.values()], (len(x), 1))
+    short = min(height, width)
+    for thing, at in zip(scene.things, layout, strict=True):
+        dx, dy = (x - at.x * short) / patch, (y - at.y * short) / patch
+        inside = np.maximum(abs(dx), abs(dy)) < at.radius * short / patch + 1
+        shown = [
+            [*scenes.KINDS].index(thing.kind),
+            [*scenes.COLOURS].index(thing.colour),
+            [*scenes.SIZES].index(thing.size),
+        ]
+        labels[inside, :3] = shown
+        labels[inside, 3] = np.clip(np.floor(dx[inside]) + 6, 0, 11)
+        labels[inside, 4] = np.clip(np.floor(dy[inside]) + 6, 0, 11)
+    return torch.from_numpy(labels.astype(np.int8))
 
 
 def make_latents(run: Run) -> None:
-    """Encodes pictures with the finished VAE; every chunk keeps its scenes beside its latents."""
-    vae = AutoencoderKL.from_pretrained(STATE / "vae" / "vae").to(memory_format=torch.channels_last)
-    chunks = latent_chunks()
-    run.steps = len(chunks)
+    """Encodes pictures with the finished VAE, a process a core; what is there is kept."""
+    chunks = [(h, w, i) for (h, w), count in LATENT_SETS.items() for i in range(count // CHUNK)]
+    missing = [chunk for chunk in chunks if not chunk_file(*chunk).is_file()]
     run.folder.mkdir(parents=True, exist_ok=True)
-    while run.step < run.steps and chunk_file(*chunks[run.step]).is_file():
-        run.step += 1
-    for step, _ in run.loop(lambda: None):
-        height, width, index = chunks[step]
-        rng = np.random.default_rng((SEED, 6, height, width, index))
-        drawn = [scenes.sample_training_scene(rng) for _ in range(CHUNK)]
-        latents = []
-        for start in range(0, CHUNK, 8):
-            group = [scenes.render(s, height, width, rng) for s in drawn[start : start + 8]]
-            pictures = to_tensor(group).to(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
-                latents.append(encode(vae, pictures).half())
-        captions = [[training_caption(s, rng) for _ in range(2)] for s in drawn]
-        file = chunk_file(height, width, index)
-        torch.save({"latents": torch.cat(latents), "captions": captions}, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
-    if run.step == run.steps:
-        run.finish(pictures=sum(LATENT_SETS.values()))
+    with multiprocessing.get_context("spawn").Pool(initializer=_one_thread) as workers:
+        results = workers.imap_unordered(_latents_job, missing)
+        for _ in tqdm(results, run.name, len(chunks), initial=len(chunks) - len(missing)):
+            if time.monotonic() > run.deadline:
+                return
+    run.finish(pictures=sum(LATENT_SETS.values()))
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@cache
+def _finished_vae() -> AutoencoderKL:
+    vae = AutoencoderKL.from_pretrained(STATE / "vae" / "vae")
+    return vae.to(memory_format=torch.channels_last)
+
+
+def _latents_job(chunk: tuple[int, int, int]) -> None:
+    """Writes one chunk: latents, two captions a picture, and what each patch shows."""
+    height, width, index = chunk
+    rng = np.random.default_rng((SEED, 6, height, width, index))
+    saved = {"latents": [], "captions": [], "labels": []}
+    for _ in range(CHUNK // 8):
+        group = []
+        for _ in range(8):
+            scene = scenes.sample_training_scene(rng)
+            layout = scenes.place(scene, height, width, rng)
+            group.append(scenes.paint(scene, layout, height, width))
+            saved["captions"].append([training_caption(scene, rng) for _ in range(2)])
+            saved["labels"].append(patch_labels(scene, layout, height, width))
+        pictures = to_tensor(group).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            saved["latents"].append(encode(_finished_vae(), pictures).half())
+    saved["latents"] = torch.cat(saved["latents"]).contiguous()
+    saved["labels"] = torch.stack(saved["labels"])
+    file = chunk_file(*chunk)
+    torch.save(saved, file.with_suffix(".tmp"))
+    os.replace(file.with_suffix(".tmp"), file)
 
 
 def chunk_file(height: int, width: int, index: int) -> Path:
     return STATE / "latents" / f"{height}x{width}-{index:03d}.pt"
 
 
-def load_latents(sizes: list[tuple[int, int]]) -> dict[tuple[int, int], tuple]:
-    """(height, width) → (latents (N, 4, H/8, W/8) float16, captions [N][2])."""
-    loaded = {}
-    for height, width in sizes:
-        count = LATENT_SETS[height, width] // CHUNK
-        chunks = [torch.load(chunk_file(height, width, i), weights_only=True) for i in range(count)]
-        captions = [c for chunk in chunks for c in chunk["captions"]]
-        loaded[height, width] = (torch.cat([chunk["latents"] for chunk in chunks]), captions)
-    return loaded
+@dataclass
+class LatentSet:
+    """Pictures of one size as the DiT sees them: patches, not pixels."""
+
+    latents: torch.Tensor  # (N, 4, H/8, W/8) float16
+    captions: list[list[str]]  # two a picture
+    labels: torch.Tensor  # (N, patches, questions) int8
+
+    @classmethod
+    def load(cls, height: int, width: int) -> LatentSet:
+        files = [chunk_file(height, width, i) for i in range(LATENT_SETS[height, width] // CHUNK)]
+        chunks = [torch.load(file, weights_only=True) for file in files]
+        return cls(
+            torch.cat([chunk["latents"] for chunk in chunks]),
+            [captions for chunk in chunks for captions in chunk["captions"]],
+            torch.cat([chunk["labels"] for chunk in chunks]),
+        )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -530,6 +608,8 @@ def load_latents(sizes: list[tuple[int, int]]) -> dict[tuple[int, int], tuple]:
 # ----------------------------------------------------------------------------------------------
 
 CAPTION_DROPOUT = 0.1
+SECOND_TASK = 0.1  # weight of the second task's loss, see `Denoiser`
+CAPTION_TOKENS = 32  # more than any caption has; one length, so that shapes stay the same
 
 
 class Conditioner:
@@ -543,44 +623,107 @@ class Conditioner:
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (B, L, 192) and mask (B, L); padding is masked, so any L gives the same DiT."""
-        tokens = self.tokenizer(captions, padding=True, return_tensors="pt")
+        tokens = self.tokenizer(
+            captions, padding="max_length", max_length=CAPTION_TOKENS, return_tensors="pt"
+        )
         features = self.encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return features, tokens.attention_mask
 
 
-def diffusion_loss(transformer, alphas, latents, features, mask, rng) -> torch.Tensor:
-    """Mean squared error of the predicted velocity, v = α·noise − σ·latents.
+class Denoiser(torch.nn.Module):
+    """PixArt's transformer on patches instead of pictures, with a second task for its middle.
 
-    Timesteps are drawn where shapes are decided, logit-normal around 380 (Esser et al. 2024) with
-    every sixth uniform: with PixArt's linear schedule the noisier half holds little but backdrops.
+    Training alone needs this. Patches in and out leave a compiled graph that knows only how many
+    there are. The second task – say for each patch what thing is there, and where in it the patch
+    lies (`PATCH_QUESTIONS`) – teaches the middle of the network what to paint long before the
+    velocity's error does, as aligning it with a pretrained encoder does in REPA (Yu et al. 2024).
     """
-    batch = len(latents)
-    drawn = 1 / (1 + np.exp(0.5 - 0.9 * rng.standard_normal(batch)))
+
+    def __init__(self, transformer: PixArtTransformer2DModel) -> None:
+        super().__init__()
+        self.transformer = transformer
+        width = transformer.config.num_attention_heads * transformer.config.attention_head_dim
+        self.norm = torch.nn.LayerNorm(width)
+        self.answers = torch.nn.Linear(width, sum(PATCH_QUESTIONS.values()))
+        self.middle = len(transformer.transformer_blocks) * 5 // 8
+
+    def forward(self, patches, positions, features, mask, timestep):
+        """(B, P, 16) noisy patches → their velocity (B, P, 16), answers (B, P, sum of questions).
+
+        `positions` (1, P, width) is PatchEmbed's table for the picture's size.
+        """
+        dit = self.transformer
+        hidden = F.linear(patches, dit.pos_embed.proj.weight.flatten(1), dit.pos_embed.proj.bias)
+        hidden = hidden + positions
+        conditions = {"resolution": None, "aspect_ratio": None}
+        modulation, embedded = dit.adaln_single(timestep, conditions, hidden_dtype=hidden.dtype)
+        features = dit.caption_projection(features)
+        bias = (1 - mask.to(hidden.dtype))[:, None] * -10000.0
+        answers = None
+        for i, block in enumerate(dit.transformer_blocks, start=1):
+            hidden = block(
+                hidden,
+                encoder_hidden_states=features,
+                encoder_attention_mask=bias,
+                timestep=modulation,
+            )
+            if i == self.middle:
+                answers = self.answers(self.norm(hidden))
+        shift, scale = (dit.scale_shift_table[None] + embedded[:, None]).chunk(2, dim=1)
+        output = dit.proj_out(dit.norm_out(hidden) * (1 + scale) + shift)
+        # The transformer's output goes (row, column, channel), its variance channels unused.
+        output = output.unflatten(-1, (2, 2, -1))[..., :4].permute(0, 1, 4, 2, 3)
+        return output.flatten(2), answers
+
+
+def to_patches(latents: torch.Tensor) -> torch.Tensor:
+    """(B, 4, H, W) → (B, H/2 · W/2, 16), channel by channel as PatchEmbed's convolution reads."""
+    return F.unfold(latents, 2, stride=2).transpose(1, 2)
+
+
+@torch.no_grad()
+def position_table(transformer: PixArtTransformer2DModel, height: int, width: int) -> torch.Tensor:
+    """What PatchEmbed adds to the patches of a (height, width) latent: (1, patches, width)."""
+    embed = transformer.pos_embed
+    return embed(torch.zeros(1, 4, height, width)) - embed.proj.bias
+
+
+def draw_timesteps(batch: int, rng: np.random.Generator) -> torch.Tensor:
+    """Timesteps where the picture is decided: logit-normal around 525, every sixth uniform.
+
+    Esser et al. 2024 for rectified flows; a thing's kind shows through the noise of PixArt's
+    linear schedule from about 600 downwards.
+    """
+    drawn = 1 / (1 + np.exp(-0.1 - rng.standard_normal(batch)))
     drawn = np.where(rng.random(batch) < 1 / 6, rng.random(batch), drawn)
-    timestep = torch.from_numpy((drawn * 1000).astype(np.int64).clip(0, 999))
+    return torch.from_numpy((drawn * 1000).astype(np.int64).clip(0, 999))
+
+
+def diffusion_loss(denoise, alphas, positions, batch, condition, rng) -> tuple:
+    """Mean squared error of the velocity, v = α·noise − σ·latents, and the second task's loss."""
+    latents, labels = batch
+    timestep = draw_timesteps(len(latents), rng)
     noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
     alpha = alphas[timestep].sqrt()[:, None, None, None]
     sigma = (1 - alphas[timestep]).sqrt()[:, None, None, None]
+    noisy, target = alpha * latents + sigma * noise, alpha * noise - sigma * latents
     # Plain attention: torch's fused one is the slower of the two on a CPU with so few tokens.
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        output = transformer(
-            alpha * latents + sigma * noise,
-            encoder_hidden_states=features,
-            encoder_attention_mask=mask,
-            timestep=timestep,
-            added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-            return_dict=False,
-        )[0]
-    return F.mse_loss(output[:, :4].float(), alpha * noise - sigma * latents)
+        velocity, answers = denoise(to_patches(noisy), positions, *condition, timestep)
+    split = answers.float().split([*PATCH_QUESTIONS.values()], dim=-1)
+    asked = [
+        F.cross_entropy(answer.flatten(0, 1), label.flatten().long())
+        for answer, label in zip(split, labels.unbind(-1), strict=True)
+    ]
+    return F.mse_loss(velocity.float(), to_patches(target)), sum(asked) / len(asked)
 
 
-def make_optimizers(
-    transformer: PixArtTransformer2DModel, lr: float
-) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+def make_optimizers(denoiser: Denoiser, lr: float) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
     """Muon for the matrices inside the blocks, AdamW for all else."""
-    inside = [p for p in transformer.transformer_blocks.parameters() if p.ndim == 2 and len(p) > 6]
+    blocks = denoiser.transformer.transformer_blocks
+    inside = [p for p in blocks.parameters() if p.ndim == 2 and len(p) > 6]
     chosen = {id(p) for p in inside}
-    rest = [p for p in transformer.parameters() if id(p) not in chosen]
+    rest = [p for p in denoiser.parameters() if id(p) not in chosen]
     muon = torch.optim.Muon(inside, 1.5 * lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     return muon, torch.optim.AdamW(rest, lr, betas=(0.9, 0.98), weight_decay=0.01)
 
@@ -592,38 +735,49 @@ def train_transformer(
     torch.manual_seed(SEED)
     transformer = make_transformer()
     if start is not None:
-        transformer = PixArtTransformer2DModel.from_pretrained(start)
-    muon, adamw = make_optimizers(transformer, lr)
+        transformer = PixArtTransformer2DModel.from_pretrained(start / "transformer")
+    denoiser = Denoiser(transformer)
+    if start is not None:
+        heads = torch.load(start / "answers.pt", weights_only=True)
+        denoiser.load_state_dict(heads, strict=False)
+    muon, adamw = make_optimizers(denoiser, lr)
     ema = EMAModel(transformer.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
-    parts = {"model": transformer, "muon": muon, "adamw": adamw, "ema": ema}
+    parts = {"model": denoiser, "muon": muon, "adamw": adamw, "ema": ema}
     run.resume(**parts)
-    condition, latents_of = Conditioner(), load_latents(list(sizes))
+    condition, sets = Conditioner(), {size: LatentSet.load(*size) for size in sizes}
+    positions = {size: position_table(transformer, *(n // 8 for n in size)) for size in sizes}
     alphas = make_scheduler().alphas_cumprod
-    names, weights = list(sizes), np.array(list(sizes.values()))
-    losses = []
-    for step, done in run.loop(lambda: run.save(**parts)):
+    denoise = torch.compile(denoiser, dynamic=False)
+    weights = np.array([*sizes.values()]) / sum(sizes.values())
+    errors = []
+    for step, done in run.loop(lambda: run.save(**parts), every=500):
         for optimizer in (muon, adamw):
             set_learning_rate(optimizer, warmup_cosine(done))
-        rng = np.random.default_rng((SEED, 7, names[0][0], step))
-        latents, captions = latents_of[names[rng.choice(len(names), p=weights / weights.sum())]]
-        drawn = rng.integers(len(latents), size=batch)
-        texts = [
-            "" if rng.random() < CAPTION_DROPOUT else captions[i][rng.integers(2)] for i in drawn
-        ]
-        loss = diffusion_loss(transformer, alphas, latents[drawn].float(), *condition(texts), rng)
-        transformer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        rng = np.random.default_rng((SEED, 7, *next(iter(sizes)), step))
+        size = [*sizes][rng.choice(len(sizes), p=weights)]
+        drawn = rng.integers(len(sets[size].latents), size=batch)
+        captions = [sets[size].captions[i][rng.integers(2)] for i in drawn]
+        captions = ["" if rng.random() < CAPTION_DROPOUT else caption for caption in captions]
+        pictures = sets[size].latents[drawn].float(), sets[size].labels[drawn]
+        loss, asked = diffusion_loss(
+            denoise, alphas, positions[size], pictures, condition(captions), rng
+        )
+        denoiser.zero_grad()
+        (loss + SECOND_TASK * asked).backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         muon.step()
         adamw.step()
         ema.step(transformer.parameters())
-        losses.append(loss.item())
+        errors.append((loss.item(), asked.item()))
         if step % 100 == 99:
-            tqdm.write(f"{run.name} step {step + 1} loss {np.mean(losses[-100:]):.4f}")
+            velocity, answers = np.mean(errors[-100:], axis=0)
+            tqdm.write(f"{run.name} step {step + 1} loss {velocity:.4f} second {answers:.4f}")
+    heads = {k: v for k, v in denoiser.state_dict().items() if not k.startswith("transformer.")}
+    torch.save(heads, run.folder / "answers.pt")
+    ema.copy_to(transformer.parameters())
+    transformer.save_pretrained(run.folder / "transformer")
     if run.step == run.steps:
-        ema.copy_to(transformer.parameters())
-        transformer.save_pretrained(run.folder / "transformer")
-        run.finish(loss=round(float(np.mean(losses[-200:] or [math.nan])), 4))
+        run.finish(loss=round(float(np.mean(errors[-200:] or [math.nan], axis=0)[0]), 4))
 
 
 def train_dit_128(run: Run) -> None:
@@ -632,7 +786,7 @@ def train_dit_128(run: Run) -> None:
 
 def train_dit_256(run: Run) -> None:
     bins = dict.fromkeys([(224, 288), (288, 224), (192, 336), (336, 192)], 0.07)
-    start = STATE / "dit-128" / "transformer"
+    start = STATE / "dit-128"
     train_transformer(run, {(256, 256): 0.72, **bins}, batch=16, lr=1e-3, start=start)
 
 
@@ -713,7 +867,7 @@ def export(run: Run) -> None:
 
 STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "text": (train_text_encoder, 1000),
-    "vae": (train_vae, 2800),
+    "vae": (train_vae, 3000),
     "latents": (make_latents, 0),
     "dit-128": (train_dit_128, 1000),
     "dit-256": (train_dit_256, 900),
