@@ -50,9 +50,15 @@ def layers(folder: Path, part: str) -> dict[str, tuple[str, bool]]:
             continue
         at = 0 if op.get_type_name() == "Gather" else 1
         if (kind := stored_type(op.input_value(at).get_node())) is not None:
-            rounded = op.input_value(0).get_node().get_type_name() == "FakeQuantize"
-            found[op.get_friendly_name()] = (kind, rounded)
+            found[op.get_friendly_name()] = (kind, is_rounded(op.input_value(0).get_node()))
     return found
+
+
+def is_rounded(node) -> bool:
+    """Whether an activation comes in integers; what only moves values about passes them on."""
+    while node.get_type_name() in {"Reshape", "Transpose"}:
+        node = node.input_value(0).get_node()
+    return node.get_type_name() == "FakeQuantize"
 
 
 def stored_type(node) -> str | None:
@@ -85,16 +91,22 @@ def is_in_a_block(name: str) -> bool:
 def test_int8_computes_every_matmul_of_the_blocks_in_integers(optimized):
     blocks = {k: v for k, v in layers(optimized("int8"), "transformer").items() if is_in_a_block(k)}
     assert len(blocks) == 2 * 10  # q, k, v and out, twice, and two of the feed-forward
-    spared = [pattern for pattern in PRESETS["int8"].transformer.weights_only if "adaln" in pattern]
-    assert spared
     assert {kind for kind, _ in blocks.values()} <= {"i8", "u8"}
     assert all(rounded for _, rounded in blocks.values())
 
 
-def test_int8_keeps_the_modulation_in_floating_point_with_integer_weights(optimized):
-    found = layers(optimized("int8"), "transformer")
-    modulation = [value for name, value in found.items() if ".adaln_single.linear/" in name]
-    assert modulation == [("u8", False)]
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+def test_the_spared_layers_keep_integer_weights_and_take_floating_point(optimized, preset):
+    found = layers(optimized(preset), "transformer")
+    for part in (".adaln_single.linear/", ".caption_projection.", ".pos_embed.proj/", ".proj_out/"):
+        spared = {value for name, value in found.items() if part in name}
+        assert spared == {("u8", False)}, part
+
+
+def test_int4_stores_cross_attention_in_4_bits_and_the_rest_of_the_blocks_as_int8_does(optimized):
+    blocks = {k: v for k, v in layers(optimized("int4"), "transformer").items() if is_in_a_block(k)}
+    assert {value for name, value in blocks.items() if ".attn2." in name} == {("i4", False)}
+    assert {value for name, value in blocks.items() if ".attn2." not in name} == {("i8", True)}
 
 
 @pytest.mark.parametrize("preset", ["int8", "int4", "hybrid"])
@@ -117,11 +129,11 @@ def test_int8_weights_stores_all_matrices_in_8_bits_and_rounds_no_activation(opt
     assert not rounded_inputs(optimized("int8-weights"), part)
 
 
-@pytest.mark.parametrize("preset", ["int4", "hybrid"])
-def test_int4_stores_the_text_encoder_in_4_bits(optimized, preset):
-    found = layers(optimized(preset), "text_encoder")
-    kinds = {name: kind for name, (kind, _) in found.items()}
+@pytest.mark.parametrize(("preset", "sensitive"), [("int4", "u8"), ("hybrid", "i4")])
+def test_int4_stores_the_text_encoder_in_4_bits(optimized, preset, sensitive):
+    kinds = {name: kind for name, (kind, _) in layers(optimized(preset), "text_encoder").items()}
     assert {kind for name, kind in kinds.items() if "SelfAttention.q" in name} == {"i4"}
+    assert {kind for name, kind in kinds.items() if "SelfAttention.o/" in name} == {sensitive}
     assert {kind for name, kind in kinds.items() if "embed_tokens" in name} == {"u8"}
 
 
