@@ -870,8 +870,8 @@ STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "vae": (train_vae, 3000),
     "latents": (make_latents, 0),
     "dit-128": (train_dit_128, 1000),
-    "dit-256": (train_dit_256, 900),
-    "decoder": (train_decoder, 1000),
+    "dit-256": (train_dit_256, 4000),
+    "decoder": (train_decoder, 1500),
     "export": (export, 0),
 }
 
