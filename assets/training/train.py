@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -32,6 +33,7 @@ import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DPMSolverMultistepScheduler,
+    LCMScheduler,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
 )
@@ -45,6 +47,7 @@ from assets.training import scenes
 
 STATE = Path("build/training")
 CHECKPOINT = Path("assets/pixart-tiny")
+LCM_CHECKPOINT = Path("assets/pixart-tiny-lcm")  # transformer and scheduler; the rest is shared
 SEED = 0
 
 # ----------------------------------------------------------------------------------------------
@@ -841,6 +844,160 @@ def train_decoder(run: Run) -> None:
 
 
 # ----------------------------------------------------------------------------------------------
+# Stages: a twin that needs four steps
+# ----------------------------------------------------------------------------------------------
+
+LCM_TIMESTEPS = (999, 759, 499, 259)  # where diffusers' LCMScheduler stops in four steps
+SOLVER_STEPS = 4  # of the teacher, from each of them to the next
+TEACHER_GUIDANCE = 4.5
+TRAJECTORIES = {
+    (256, 256): 1600,
+    (224, 288): 150,
+    (288, 224): 150,
+    (192, 336): 150,
+    (336, 192): 150,
+}
+TRAJECTORY_CHUNK = 50
+
+
+def make_lcm_scheduler() -> LCMScheduler:
+    """Latent consistency sampling (Luo et al. 2023) over the teacher's noise schedule."""
+    teacher = make_scheduler().config
+    return LCMScheduler(
+        beta_schedule=teacher.beta_schedule,
+        beta_start=teacher.beta_start,
+        beta_end=teacher.beta_end,
+        prediction_type=teacher.prediction_type,
+    )
+
+
+def make_trajectories(run: Run) -> None:
+    """Follows the teacher from noise to picture, in OpenVINO; keeps where the twin will stop."""
+    from ov_pixart_helper import convert_transformer, ov
+
+    teacher = PixArtTransformer2DModel.from_pretrained(STATE / "dit-256" / "transformer")
+    folder = convert_transformer(teacher.eval(), run.folder / "teacher")
+    velocity = ov.Core().compile_model(folder / "openvino_model.xml", "CPU")
+    condition = Conditioner()
+    chunks = [(h, w, i) for (h, w), n in TRAJECTORIES.items() for i in range(n // TRAJECTORY_CHUNK)]
+    run.steps = len(chunks)
+    while run.step < run.steps and trajectory_file(*chunks[run.step]).is_file():
+        run.step += 1
+    for step, _ in run.loop(lambda: None):
+        height, width, index = chunks[step]
+        rng = np.random.default_rng((SEED, 8, height, width, index))
+        captions = [scene_and_caption(rng)[1] for _ in range(TRAJECTORY_CHUNK)]
+        noise = rng.standard_normal((len(captions), 4, height // 8, width // 8), dtype=np.float32)
+        parts = [
+            follow_teacher(
+                velocity, torch.from_numpy(noise[i : i + 10]), captions[i : i + 10], condition
+            )
+            for i in range(0, len(captions), 10)
+        ]
+        chunk = trajectory_file(*chunks[step])
+        saved = {"points": torch.cat(parts).half(), "captions": captions}
+        torch.save(saved, chunk.with_suffix(".tmp"))
+        os.replace(chunk.with_suffix(".tmp"), chunk)
+    if run.step == run.steps:
+        run.finish(trajectories=sum(TRAJECTORIES.values()))
+
+
+def trajectory_file(height: int, width: int, index: int) -> Path:
+    return STATE / "trajectories" / f"{height}x{width}-{index:03d}.pt"
+
+
+def follow_teacher(velocity, latents, captions, condition) -> torch.Tensor:
+    """Latents at each of `LCM_TIMESTEPS` and at the end, (B, 5, 4, H, W), with guidance."""
+    scheduler = make_scheduler()
+    ends = [*LCM_TIMESTEPS, 0]
+    scheduler.set_timesteps(
+        timesteps=[
+            round(start + (end - start) * k / SOLVER_STEPS)
+            for start, end in itertools.pairwise(ends)
+            for k in range(SOLVER_STEPS)
+        ]
+    )
+    features, mask = condition([""] * len(captions) + captions)
+    points = []
+    for step, timestep in enumerate(scheduler.timesteps):
+        if step % SOLVER_STEPS == 0:
+            points.append(latents)
+        output = velocity(
+            {
+                "hidden_states": torch.cat([latents, latents]).numpy(),
+                "timestep": np.full(2 * len(latents), timestep.item()),
+                "encoder_hidden_states": features.numpy(),
+                "encoder_attention_mask": mask.numpy(),
+            }
+        )["sample"]
+        without, given = torch.from_numpy(output[:, :4]).chunk(2)
+        guided = without + TEACHER_GUIDANCE * (given - without)
+        latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
+    return torch.stack([*points, latents], 1)
+
+
+def train_lcm(run: Run) -> None:
+    """Teaches the twin to jump from each stop to the trajectory's end; guidance is baked in.
+
+    A consistency model (Song et al. 2023) learned from whole trajectories: they fit a small
+    machine's memory, and a target that is the teacher's own needs no second network. Half of the
+    stops are pictures noised afresh, as `LCMScheduler` does between steps.
+    """
+    torch.manual_seed(SEED)
+    transformer = PixArtTransformer2DModel.from_pretrained(STATE / "dit-256" / "transformer")
+    denoiser = Denoiser(transformer)
+    muon, adamw = make_optimizers(denoiser, lr=4e-4)
+    ema = EMAModel(transformer.parameters(), decay=0.995, use_ema_warmup=True, power=0.75)
+    parts = {"model": denoiser, "muon": muon, "adamw": adamw, "ema": ema}
+    run.resume(**parts)
+    sets = {}
+    for size, count in TRAJECTORIES.items():
+        files = [trajectory_file(*size, i) for i in range(count // TRAJECTORY_CHUNK)]
+        chunks = [torch.load(file, weights_only=True) for file in files]
+        points = torch.cat([chunk["points"] for chunk in chunks])
+        sets[size] = points, [caption for chunk in chunks for caption in chunk["captions"]]
+    condition, alphas = Conditioner(), make_scheduler().alphas_cumprod
+    positions = {size: position_table(transformer, *(n // 8 for n in size)) for size in sets}
+    denoise = torch.compile(denoiser, dynamic=False)
+    weights = np.array([*TRAJECTORIES.values()]) / sum(TRAJECTORIES.values())
+    errors = []
+    for step, done in run.loop(lambda: run.save(**parts)):
+        for optimizer in (muon, adamw):
+            set_learning_rate(optimizer, warmup_cosine(done))
+        rng = np.random.default_rng((SEED, 9, step))
+        size = [*sets][rng.choice(len(sets), p=weights)]
+        points, captions = sets[size]
+        drawn = rng.integers(len(points), size=16)
+        stop = rng.integers(len(LCM_TIMESTEPS), size=16)
+        timestep = torch.tensor(LCM_TIMESTEPS)[stop]
+        alpha = alphas[timestep].sqrt()[:, None, None, None]
+        sigma = (1 - alphas[timestep]).sqrt()[:, None, None, None]
+        end, latents = points[drawn, -1].float(), points[drawn, stop].float()
+        noise = torch.from_numpy(rng.standard_normal(end.shape, dtype=np.float32))
+        afresh = torch.from_numpy((rng.random(16) < 0.5) & (stop > 0))[:, None, None, None]
+        latents = torch.where(afresh, alpha * end + sigma * noise, latents)
+        features, mask = condition([captions[i] for i in drawn])
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            velocity, _ = denoise(to_patches(latents), positions[size], features, mask, timestep)
+        predicted = alpha.flatten(1)[..., None] * to_patches(latents)
+        predicted = predicted - sigma.flatten(1)[..., None] * velocity.float()
+        loss = F.mse_loss(predicted, to_patches(end))
+        denoiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        muon.step()
+        adamw.step()
+        ema.step(transformer.parameters())
+        errors.append(loss.item())
+        if step % 100 == 99:
+            tqdm.write(f"lcm step {step + 1} loss {np.mean(errors[-100:]):.4f}")
+    if run.step == run.steps:
+        ema.copy_to(transformer.parameters())
+        transformer.save_pretrained(run.folder / "transformer")
+        run.finish(loss=round(float(np.mean(errors[-200:] or [math.nan])), 4))
+
+
+# ----------------------------------------------------------------------------------------------
 # Stage: export
 # ----------------------------------------------------------------------------------------------
 
@@ -858,6 +1015,9 @@ def export(run: Run) -> None:
     ).to(torch.float16)
     pipeline.save_pretrained(CHECKPOINT, safe_serialization=True)
     shutil.copy(STATE / "text" / "tokenizer" / "spiece.model", CHECKPOINT / "tokenizer")
+    twin = PixArtTransformer2DModel.from_pretrained(STATE / "lcm" / "transformer")
+    twin.to(torch.float16).save_pretrained(LCM_CHECKPOINT / "transformer")
+    make_lcm_scheduler().save_pretrained(LCM_CHECKPOINT / "scheduler")
     run.finish()
 
 
@@ -872,6 +1032,8 @@ STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "dit-128": (train_dit_128, 1000),
     "dit-256": (train_dit_256, 4000),
     "decoder": (train_decoder, 1500),
+    "trajectories": (make_trajectories, 0),
+    "lcm": (train_lcm, 1000),
     "export": (export, 0),
 }
 
