@@ -516,6 +516,10 @@ def convert_pipeline(
     output_dir: str | Path,
     *,
     weight_format: str = "fp16",
+    text_encoder: str | Path | None = None,
+    transformer: str | Path | None = None,
+    vae: str | Path | None = None,
+    scheduler: str | Path | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -526,7 +530,10 @@ def convert_pipeline(
 
     `model_id`: a Hugging Face id or a local diffusers folder (safetensors only).
     `weight_format`: "fp32", "fp16", "int8" or "int4", for the weights of all three models.
-    `revision`, `cache_dir`, `token`, `local_files_only`: as in `huggingface_hub`.
+    `text_encoder`, `transformer`, `vae`, `scheduler`: take this component from elsewhere, an id or
+    a folder that holds it alone or in a subfolder of its name. Fine-tuned and few-step models
+    often publish nothing but a transformer.
+    `revision` (of `model_id`), `cache_dir`, `token`, `local_files_only`: as in `huggingface_hub`.
     `force`: convert again what is already there.
 
     Only one model is in memory at a time, and models already converted from the same checkpoint
@@ -534,9 +541,21 @@ def convert_pipeline(
     finished, and the same call finishes it.
     """
     _check_weight_format(weight_format)
-    source = _fetch(model_id, revision, cache_dir, token, local_files_only)
+    others = {
+        "text_encoder": text_encoder,
+        "transformer": transformer,
+        "vae": vae,
+        "scheduler": scheduler,
+    }
+    others = {name: given for name, given in others.items() if given is not None}
+    hub = (cache_dir, token, local_files_only)
+    source = _fetch(model_id, revision, *hub, names=_COMPONENTS - set(others))
     index = _read_model_index(source)
-    _check_torch_folder(source)
+    _check_torch_folder(source, but=others)
+    folders = {name: source / name for name in _COMPONENTS}
+    for name, given in others.items():
+        folders[name] = _fetch_component(name, given, *hub)
+    _check_components_fit(folders)
     output_dir = Path(output_dir)
     if output_dir.resolve() == source.resolve():
         raise ValueError(
@@ -544,7 +563,7 @@ def convert_pipeline(
         )
     output_dir.mkdir(parents=True, exist_ok=True)
 
-    prints = {name: _fingerprint(source / part.folder) for name, part in PARTS.items()}
+    prints = {name: _fingerprint(folders[part.folder]) for name, part in PARTS.items()}
     missing = [
         name
         for name in PARTS
@@ -556,30 +575,43 @@ def convert_pipeline(
         for name, part in PARTS.items():
             bar.set_description(f"{'Converting' if name in missing else 'Keeping'} {name}")
             if name in missing:
-                module = _load_part(source / part.folder, part.loader)
+                module = _load_part(folders[part.folder], part.loader)
                 _convert(part.trace, module, output_dir / name, weight_format, prints[name])
                 del module
                 gc.collect()
             bar.update()
         bar.set_description("Converted")
 
-    _save_tokenizer(source / "tokenizer", output_dir / "tokenizer")
-    shutil.copytree(source / "scheduler", output_dir / "scheduler", dirs_exist_ok=True)
+    _save_tokenizer(folders["tokenizer"], output_dir / "tokenizer")
+    shutil.copytree(folders["scheduler"], output_dir / "scheduler", dirs_exist_ok=True)
+    scheduler_config = _read_config(folders["scheduler"] / "scheduler_config.json")
+    index["scheduler"] = ["diffusers", scheduler_config["_class_name"]]
     _write_json(index, output_dir / MODEL_INDEX)
     return output_dir
 
 
-def _fetch(model_id, revision, cache_dir, token, local_files_only) -> Path:
-    """The local folder of `model_id`, downloaded if it is a hub id; never anything pickled."""
+_COMPONENTS = frozenset({"tokenizer", "text_encoder", "transformer", "vae", "scheduler"})
+
+
+def _fetch(
+    model_id, revision, cache_dir, token, local_files_only, *, names=_COMPONENTS, kind="model_id"
+) -> Path:
+    """The local folder of `model_id`, downloaded if it is a hub id; never anything pickled.
+
+    `names`: the components whose weights are wanted; `kind`: the argument to name in errors.
+    """
     if Path(model_id).is_dir():
         return Path(model_id)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model_id)) or isinstance(model_id, Path):
         raise FileNotFoundError(
-            f"model_id={str(model_id)!r} is neither a folder here nor a Hugging Face id: "
+            f"{kind}={str(model_id)!r} is neither a folder here nor a Hugging Face id: "
             "check the path, or use an id such as 'PixArt-alpha/PixArt-XL-2-512x512'."
         )
-    folders = {part.folder for part in PARTS.values()} | set(PARTS)
-    weights = [f"{folder}/{kind}" for folder in folders for kind in ("*.safetensors", "openvino*")]
+    weights = [f"{name}/*.safetensors" for name in names]
+    if kind == "model_id":
+        weights += [f"{name}/openvino*" for name in PARTS]
+    else:  # a component may lie in a repository of its own
+        weights += ["model*.safetensors", "diffusion_pytorch_model*.safetensors"]
     try:
         folder = snapshot_download(
             str(model_id),
@@ -594,7 +626,7 @@ def _fetch(model_id, revision, cache_dir, token, local_files_only) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"model_id={str(model_id)!r} is no folder here and cannot be fetched from Hugging "
+            f"{kind}={str(model_id)!r} is no folder here and cannot be fetched from Hugging "
             f"Face: check its name, the connection and, for a gated model, token= ({reason})"
         ) from error
     return Path(folder)
@@ -631,29 +663,66 @@ def _is_openvino_folder(folder: Path) -> bool:
     return any((folder / name / IR_NAME).is_file() for name in PARTS)
 
 
-def _check_torch_folder(folder: Path) -> None:
-    """Every part of the checkpoint must be there, with weights that cannot run code."""
+def _check_torch_folder(folder: Path, *, but: Iterable[str] = ()) -> None:
+    """Every component `but` these must be there, with weights that cannot run code."""
     if _is_openvino_folder(folder):
         raise ValueError(
             f"model_id={str(folder)!r} is converted already: load it with from_pretrained, "
             "or name the checkpoint that it was made from."
         )
-    for name in ("tokenizer", "scheduler", *(part.folder for part in PARTS.values())):
+    needed = sorted(_COMPONENTS - set(but))
+    for name in needed:
         if not (folder / name).is_dir():
+            mend = f" or name a {name}=" if name != "tokenizer" else ""
             raise FileNotFoundError(
                 f"{str(folder)!r} has no folder {name!r}: the checkpoint is incomplete, "
-                "download it again."
+                f"download it again{mend}."
             )
-    for part in PARTS.values():
-        weights = folder / part.folder
-        if any(weights.glob("*.safetensors")):
-            continue
-        pickled = next(itertools.chain(weights.glob("*.bin"), weights.glob("*.pt")), None)
-        held = f"only pickled weights ({pickled.name})" if pickled else "no weights"
-        raise ValueError(
-            f"{str(weights)!r} holds {held}, and only safetensors are read: "
-            "save the model again with safe_serialization=True."
+    for name in needed:
+        if name not in ("tokenizer", "scheduler"):
+            _check_weights(folder / name)
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = next(itertools.chain(folder.glob("*.bin"), folder.glob("*.pt")), None)
+    held = f"only pickled weights ({pickled.name})" if pickled else "no weights"
+    raise ValueError(
+        f"{str(folder)!r} holds {held}, and only safetensors are read: "
+        "save the model again with safe_serialization=True."
+    )
+
+
+def _fetch_component(name: str, given: str | Path, *hub) -> Path:
+    """The folder of one component that was named apart from its pipeline."""
+    folder = _fetch(given, None, *hub, names={name}, kind=name)
+    folder = folder / name if (folder / name).is_dir() else folder
+    config = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"{name}={str(given)!r} holds no {name} ({config.name} is missing): "
+            "name a folder that holds one, alone or in a subfolder of its name."
         )
+    if name != "scheduler":
+        _check_weights(folder)
+    return folder
+
+
+def _check_components_fit(folders: dict[str, Path]) -> None:
+    """Say in one line if the transformer speaks another width than its neighbours."""
+    transformer = _read_config(folders["transformer"] / "config.json")
+    for name, theirs, ours in (
+        ("text_encoder", "d_model", "caption_channels"),
+        ("vae", "latent_channels", "in_channels"),
+    ):
+        width = _read_config(folders[name] / "config.json").get(theirs)
+        expected = transformer.get(ours)
+        if None not in (width, expected) and width != expected:
+            raise ValueError(
+                f"transformer={str(folders['transformer'])!r} expects {ours}={expected}, but "
+                f"{name}={str(folders[name])!r} has {theirs}={width}: choose two that fit."
+            )
 
 
 def _load_part(folder: Path, loader: type) -> torch.nn.Module:

@@ -316,6 +316,69 @@ def test_a_hub_id_is_found_in_the_cache(checkpoint, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+# ---- components from elsewhere ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "in a subfolder"])
+def test_a_transformer_and_a_scheduler_from_elsewhere(checkpoint, converted, tmp_path, alone):
+    other = shutil.copytree(checkpoint("lcm") / "transformer", tmp_path / "other/transformer")
+    config = json.loads((other / "config.json").read_text())
+    torch.manual_seed(1)
+    transformer = helper.PixArtTransformer.from_config(config)
+    transformer.save_pretrained(other)
+    ov_folder = shutil.copytree(converted("alpha"), tmp_path / "ov")
+    before = times(ov_folder)
+    helper.convert_pipeline(
+        checkpoint("alpha"),
+        ov_folder,
+        weight_format="fp32",
+        transformer=other if alone else other.parent,
+        scheduler=checkpoint("lcm"),
+    )
+    after = times(ov_folder)
+    assert {name for name in after if after[name] != before[name]} == {"transformer"}
+    index = json.loads((ov_folder / "model_index.json").read_text())
+    assert index["scheduler"] == ["diffusers", "LCMScheduler"]
+    assert helper.default_settings(ov_folder).num_inference_steps == 4
+    inputs = {
+        "hidden_states": torch.randn(2, 4, 8, 12),
+        "timestep": torch.tensor([7.0, 801.0]),
+        "encoder_hidden_states": torch.randn(2, 5, tiny_models.TEXT_WIDTH),
+        "encoder_attention_mask": torch.ones(2, 5, dtype=torch.int64),
+    }
+    conditions = {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+    with torch.no_grad():
+        expected = transformer.eval()(**inputs, **conditions).sample
+    assert relative_error(run(ov_folder / "transformer", **inputs), expected) < 2e-4
+
+
+def test_the_pipeline_itself_may_lack_what_comes_from_elsewhere(checkpoint, tmp_path):
+    source = shutil.copytree(checkpoint("alpha"), tmp_path / "source")
+    shutil.rmtree(source / "transformer")
+    with pytest.raises(FileNotFoundError, match=r"no folder 'transformer'.* name a transformer="):
+        helper.convert_pipeline(source, tmp_path / "ov")
+    folder = helper.convert_pipeline(source, tmp_path / "ov", transformer=checkpoint("lcm"))
+    assert (folder / "model_index.json").is_file()
+
+
+def test_components_that_do_not_fit_are_refused_in_one_line(checkpoint, tmp_path):
+    wide = shutil.copytree(checkpoint("alpha") / "transformer", tmp_path / "wide")
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps({**config, "caption_channels": 4096}))
+    pickled = shutil.copytree(checkpoint("alpha") / "vae", tmp_path / "pickled")
+    (pickled / "diffusion_pytorch_model.safetensors").rename(pickled / "model.bin")
+    for options, kind, message in [
+        ({"transformer": wide}, ValueError, "caption_channels=4096, but text_encoder=.* d_model="),
+        ({"vae": pickled}, ValueError, "only pickled weights"),
+        ({"vae": tmp_path}, FileNotFoundError, r"vae=.* holds no vae \(config.json is missing\)"),
+        ({"scheduler": tmp_path / "none"}, FileNotFoundError, "scheduler=.* is neither a folder"),
+    ]:
+        with pytest.raises(kind, match=message) as caught:
+            helper.convert_pipeline(checkpoint("alpha"), tmp_path / "ov", **options)
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ov").exists()
+
+
 # ---- bad input ----------------------------------------------------------------------------------
 
 
