@@ -1,7 +1,8 @@
 """Asks PixArt-tiny for held-out captions and lets the oracle say what it painted.
 
     python -m assets.training.evaluate                     # the embedded checkpoint, with torch
-    python -m assets.training.evaluate models/pixart-tiny  # an OpenVINO folder
+    python -m assets.training.evaluate models/pixart-tiny/fp16  # an OpenVINO folder
+    python -m assets.training.evaluate models/pixart-tiny/lcm   # the four-step twin
     python -m assets.training.evaluate --shape 4:3         # another aspect bin
 
 The 200 captions and seeds (assets/captions/pixart-tiny-validation.csv) are fixed: every
@@ -20,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline
+from diffusers import DiffusionPipeline, LCMScheduler, PixArtAlphaPipeline
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -137,26 +138,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=Path("assets/pixart-tiny"))
     parser.add_argument("--shape", choices=SHAPES, default="1:1")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance-scale", type=float, default=4.5)
+    parser.add_argument("--steps", type=int, help="default: the checkpoint's own, 20 or 4")
+    parser.add_argument("--guidance-scale", type=float, help="default: its own, 4.5 or 0")
     parser.add_argument("--count", type=int, default=200, help="the list's first N captions")
     arguments = parser.parse_args()
     rows = read_captions()[: arguments.count]
     height, width = SHAPES[arguments.shape]
     pipeline = load_pipeline(arguments.folder)
+    steps, guidance_scale = arguments.steps, arguments.guidance_scale
+    if type(pipeline.scheduler) is LCMScheduler:
+        steps, guidance_scale = steps or 4, guidance_scale or 0.0
     pictures = generate(
         pipeline,
         rows,
         height=height,
         width=width,
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
+        steps=steps or 20,
+        guidance_scale=4.5 if guidance_scale is None else guidance_scale,
     )
     figures: dict = tally(pictures, [caption for caption, _ in rows])
     if isinstance(getattr(pipeline, "vae", None), torch.nn.Module):
         figures["vae"] = {"reconstruction_db": vae_reconstruction_db(pipeline)}
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    name = f"{arguments.folder.name}-{arguments.shape.replace(':', 'x')}"
+    name = f"{'-'.join(arguments.folder.parts[-2:])}-{arguments.shape.replace(':', 'x')}"
     contact_sheet(pictures[:32]).save(OUTPUT / f"{name}.png")
     (OUTPUT / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
     print(f"{arguments.folder}, {len(rows)} held-out captions, {width}×{height}")

@@ -589,21 +589,32 @@ def chunk_file(height: int, width: int, index: int) -> Path:
 
 @dataclass
 class LatentSet:
-    """Pictures of one size as the DiT sees them: patches, not pixels."""
+    """Pictures of one size as the DiT sees them, and their captions as the text encoder does."""
 
     latents: torch.Tensor  # (N, 4, H/8, W/8) float16
-    captions: list[list[str]]  # two a picture
     labels: torch.Tensor  # (N, patches, questions) int8
+    features: torch.Tensor  # (N, 2, L, width) float16: two captions a picture
+    masks: torch.Tensor  # (N, 2, L)
 
     @classmethod
-    def load(cls, height: int, width: int) -> LatentSet:
+    def load(cls, height: int, width: int, condition: Conditioner) -> LatentSet:
         files = [chunk_file(height, width, i) for i in range(LATENT_SETS[height, width] // CHUNK)]
         chunks = [torch.load(file, weights_only=True) for file in files]
+        texts = [condition([*itertools.chain(*chunk["captions"])]) for chunk in chunks]
         return cls(
             torch.cat([chunk["latents"] for chunk in chunks]),
-            [captions for chunk in chunks for captions in chunk["captions"]],
             torch.cat([chunk["labels"] for chunk in chunks]),
+            torch.cat([features.half() for features, _ in texts]).unflatten(0, (-1, 2)),
+            torch.cat([mask for _, mask in texts]).unflatten(0, (-1, 2)),
         )
+
+    def batch(self, count: int, rng: np.random.Generator, nothing: tuple) -> tuple:
+        """`count` pictures: latents, labels, text features and masks, some of them `nothing`'s."""
+        drawn, which = rng.integers(len(self.latents), size=count), rng.integers(2, size=count)
+        features, masks = self.features[drawn, which].float(), self.masks[drawn, which]
+        dropped = torch.from_numpy(rng.random(count) < CAPTION_DROPOUT)
+        features[dropped], masks[dropped] = nothing
+        return self.latents[drawn].float(), self.labels[drawn], features, masks
 
 
 # ----------------------------------------------------------------------------------------------
@@ -702,9 +713,9 @@ def draw_timesteps(batch: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy((drawn * 1000).astype(np.int64).clip(0, 999))
 
 
-def diffusion_loss(denoise, alphas, positions, batch, condition, rng) -> tuple:
+def diffusion_loss(denoise, alphas, positions, batch, rng) -> tuple:
     """Mean squared error of the velocity, v = α·noise − σ·latents, and the second task's loss."""
-    latents, labels = batch
+    latents, labels, features, mask = batch
     timestep = draw_timesteps(len(latents), rng)
     noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
     alpha = alphas[timestep].sqrt()[:, None, None, None]
@@ -712,7 +723,7 @@ def diffusion_loss(denoise, alphas, positions, batch, condition, rng) -> tuple:
     noisy, target = alpha * latents + sigma * noise, alpha * noise - sigma * latents
     # Plain attention: torch's fused one is the slower of the two on a CPU with so few tokens.
     with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-        velocity, answers = denoise(to_patches(noisy), positions, *condition, timestep)
+        velocity, answers = denoise(to_patches(noisy), positions, features, mask, timestep)
     split = answers.float().split([*PATCH_QUESTIONS.values()], dim=-1)
     asked = [
         F.cross_entropy(answer.flatten(0, 1), label.flatten().long())
@@ -732,9 +743,13 @@ def make_optimizers(denoiser: Denoiser, lr: float) -> tuple[torch.optim.Muon, to
 
 
 def train_transformer(
-    run: Run, sizes: dict[tuple[int, int], float], batch: int, lr: float, start: Path | None
+    run: Run, share: Callable[[float], dict[tuple[int, int], float]], lr: float, start: Path | None
 ) -> None:
-    """Trains the DiT on cached latents; each step draws one picture size by its weight."""
+    """Trains the DiT on cached latents.
+
+    Each step draws one picture size; `share` tells how often which, by how much of the stage is
+    done. A step sees 4,096 patches, so pictures of 128² come by the 64, of 256² by the 16.
+    """
     torch.manual_seed(SEED)
     transformer = make_transformer()
     if start is not None:
@@ -747,50 +762,57 @@ def train_transformer(
     ema = EMAModel(transformer.parameters(), decay=0.998, use_ema_warmup=True, power=0.75)
     parts = {"model": denoiser, "muon": muon, "adamw": adamw, "ema": ema}
     run.resume(**parts)
-    condition, sets = Conditioner(), {size: LatentSet.load(*size) for size in sizes}
-    positions = {size: position_table(transformer, *(n // 8 for n in size)) for size in sizes}
+    condition = Conditioner()
+    nothing = tuple(tensor[0] for tensor in condition([""]))
+    sets = {size: LatentSet.load(*size, condition) for size in share(0)}
+    positions = {size: position_table(transformer, *(n // 8 for n in size)) for size in sets}
     alphas = make_scheduler().alphas_cumprod
     denoise = torch.compile(denoiser, dynamic=False)
-    weights = np.array([*sizes.values()]) / sum(sizes.values())
     errors = []
     for step, done in run.loop(lambda: run.save(**parts), every=500):
         for optimizer in (muon, adamw):
             set_learning_rate(optimizer, warmup_cosine(done))
-        rng = np.random.default_rng((SEED, 7, *next(iter(sizes)), step))
-        size = [*sizes][rng.choice(len(sizes), p=weights)]
-        drawn = rng.integers(len(sets[size].latents), size=batch)
-        captions = [sets[size].captions[i][rng.integers(2)] for i in drawn]
-        captions = ["" if rng.random() < CAPTION_DROPOUT else caption for caption in captions]
-        pictures = sets[size].latents[drawn].float(), sets[size].labels[drawn]
-        loss, asked = diffusion_loss(
-            denoise, alphas, positions[size], pictures, condition(captions), rng
-        )
+        rng = np.random.default_rng((SEED, 7, len(sets), step))
+        weights = np.array([*share(done).values()])
+        size = [*sets][rng.choice(len(sets), p=weights / weights.sum())]
+        batch = sets[size].batch(64 if size == (128, 128) else 16, rng, nothing)
+        loss, asked = diffusion_loss(denoise, alphas, positions[size], batch, rng)
         denoiser.zero_grad()
         (loss + SECOND_TASK * asked).backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         muon.step()
         adamw.step()
         ema.step(transformer.parameters())
-        errors.append((loss.item(), asked.item()))
+        errors.append((loss.item(), asked.item(), size == (128, 128)))
         if step % 100 == 99:
-            velocity, answers = np.mean(errors[-100:], axis=0)
-            tqdm.write(f"{run.name} step {step + 1} loss {velocity:.4f} second {answers:.4f}")
+            recent = np.array(errors[-100:])
+            for small, name in ((1, "128²"), (0, "256²")):
+                if len(these := recent[recent[:, 2] == small]):
+                    means = "loss {:.4f} second {:.4f}".format(*these.mean(0))
+                    tqdm.write(f"{run.name} step {step + 1} {name} {means}")
     heads = {k: v for k, v in denoiser.state_dict().items() if not k.startswith("transformer.")}
     torch.save(heads, run.folder / "answers.pt")
     ema.copy_to(transformer.parameters())
     transformer.save_pretrained(run.folder / "transformer")
     if run.step == run.steps:
-        run.finish(loss=round(float(np.mean(errors[-200:] or [math.nan], axis=0)[0]), 4))
+        run.finish(loss=round(float(np.mean(errors[-200:] or [[math.nan]], axis=0)[0]), 4))
 
 
 def train_dit_128(run: Run) -> None:
-    train_transformer(run, {(128, 128): 1.0}, batch=64, lr=1.2e-3, start=None)
+    train_transformer(run, lambda done: {(128, 128): 1.0}, lr=1.2e-3, start=None)
 
 
 def train_dit_256(run: Run) -> None:
-    bins = dict.fromkeys([(224, 288), (288, 224), (192, 336), (336, 192)], 0.07)
-    start = STATE / "dit-128"
-    train_transformer(run, {(256, 256): 0.72, **bins}, batch=16, lr=1e-3, start=start)
+    """256² and the aspect bins, with ever fewer pictures of 128² between: they teach what goes
+    where, four for the price of one."""
+
+    def share(done: float) -> dict[tuple[int, int], float]:
+        bins = dict.fromkeys([(224, 288), (288, 224), (192, 336), (336, 192)], 0.07)
+        small = 0.75 * max(0, 1 - done / 0.8)
+        large = {(256, 256): 0.72, **bins}
+        return {(128, 128): small} | {size: (1 - small) * p for size, p in large.items()}
+
+    train_transformer(run, share, lr=1.2e-3, start=STATE / "dit-128")
 
 
 # ----------------------------------------------------------------------------------------------
