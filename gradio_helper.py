@@ -4,7 +4,7 @@ Read from top to bottom: what can be asked for (*Settings*), how a picture is pa
 (*Studio*), how results look in the page (*Page*), how controls are wired (*Demo*), and how the
 page is served (*Launch*).
 
-    demo = make_demo({"FP16": "models/pixart-tiny-fp16", "INT8": "models/pixart-tiny-int8"})
+    demo = make_demo({"FP16": "models/pixart-tiny/fp16", "INT8": "models/pixart-tiny/int8"})
     launch_demo(demo)
     demo.close()
 
@@ -48,7 +48,12 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from ov_pixart_helper import OVDiffusionPipeline, convert_pipeline, default_settings
+from ov_pixart_helper import (
+    OVDiffusionPipeline,
+    convert_pipeline,
+    default_settings,
+    optimize_pipeline,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -1598,7 +1603,7 @@ def launch_demo(demo: gr.Blocks, *, port: int | None = None, **launch_kwargs: An
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Converts the embedded checkpoint if that is still to do, and serves the page until Ctrl+C."""
+    """Converts the embedded checkpoint if that is still to do; serves the page until Ctrl+C."""
     here = Path(__file__).resolve().parent
     parser = argparse.ArgumentParser(description="Serve the PixArt demo on this machine.")
     parser.add_argument("--model", default=here / "assets" / "pixart-tiny", help="hub id or folder")
@@ -1613,18 +1618,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     demo.close()
 
 
+_LABELS = {"int8": "INT8", "int4": "INT4", "hybrid": "Hybrid"}  # as in the notebook
+
+
 def _converted(model: str, folder: Path) -> dict[str, Path]:
-    """Every converted form of `model` in `folder`, and FP16 and INT8 weights in any case."""
-    name = Path(model).name
+    """FP16 and INT8 weights of `model`, converted if need be, and what the notebook left beside.
+
+    A twin beside a local checkpoint ("pixart-tiny-lcm" for "pixart-tiny") paints in four steps.
+    """
+    folder = folder / Path(model).name
+    fp16 = convert_pipeline(model, folder / "fp16")
     pipelines = {
-        weights.upper(): convert_pipeline(
-            model, folder / f"{name}-{weights}", weight_format=weights
-        )
-        for weights in ("fp16", "int8")
+        "FP16": fp16,
+        "INT8 weights": optimize_pipeline(fp16, folder / "int8-weights", "int8-weights"),
     }
-    for path in sorted(folder.glob(f"{name}-*")):
-        if path not in pipelines.values() and (path / "model_index.json").is_file():
-            pipelines[path.name.removeprefix(f"{name}-").upper()] = path
+    for preset, label in _LABELS.items():
+        if (folder / preset / "model_index.json").is_file():
+            pipelines[label] = folder / preset
+    twin = Path(f"{model}-lcm")
+    if twin.is_dir():
+        pipelines["Four steps"] = convert_pipeline(
+            model, folder / "lcm", transformer=twin, scheduler=twin
+        )
     return pipelines
 
 

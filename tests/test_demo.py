@@ -439,21 +439,26 @@ def test_nothing_leaves_the_loopback_address(folders, monkeypatch):
 def test_the_command_converts_what_is_missing_and_serves_until_interrupted(tmp_path, monkeypatch):
     asked, served = [], []
 
-    def convert(model: str, folder: Path, *, weight_format: str) -> Path:
-        asked.append((Path(model).name, folder.name, weight_format))
+    def convert(model: str | Path, folder: Path, *args, **options) -> Path:
+        asked.append((Path(model).name, folder.relative_to(tmp_path).as_posix(), *args, *options))
         return fake_folder(folder)
 
     def interrupt(demo: gh.Demo) -> None:
         served.append((is_open(demo.server_port), list(demo.studio.folders)))
         raise KeyboardInterrupt
 
-    fake_folder(tmp_path / "pixart-tiny-ptq")
+    fake_folder(tmp_path / "tiny" / "hybrid")
+    (tmp_path / "here" / "tiny-lcm").mkdir(parents=True)
     monkeypatch.setattr(gh, "convert_pipeline", convert)
+    monkeypatch.setattr(gh, "optimize_pipeline", convert)
     monkeypatch.setattr(gh.Demo, "block_thread", interrupt)
-    gh.main(["--models", str(tmp_path)])
-    tiny = "pixart-tiny"
-    assert asked == [(tiny, f"{tiny}-fp16", "fp16"), (tiny, f"{tiny}-int8", "int8")]
-    assert served == [(True, ["FP16", "INT8", "PTQ"])]
+    gh.main(["--models", str(tmp_path), "--model", str(tmp_path / "here" / "tiny")])
+    assert asked == [
+        ("tiny", "tiny/fp16"),
+        ("fp16", "tiny/int8-weights", "int8-weights"),
+        ("tiny", "tiny/lcm", "transformer", "scheduler"),
+    ]
+    assert served == [(True, ["FP16", "INT8 weights", "Hybrid", "Four steps"])]
 
 
 def test_in_a_notebook_the_page_is_shown_and_closed_without_noise(tmp_path):
