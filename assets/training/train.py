@@ -881,13 +881,7 @@ def train_decoder(run: Run) -> None:
 LCM_TIMESTEPS = (999, 759, 499, 259)  # where diffusers' LCMScheduler stops in four steps
 SOLVER_STEPS = 4  # of the teacher, from each of them to the next
 TEACHER_GUIDANCE = 4.5
-TRAJECTORIES = {
-    (256, 256): 1600,
-    (224, 288): 150,
-    (288, 224): 150,
-    (192, 336): 150,
-    (336, 192): 150,
-}
+TRAJECTORIES = {(256, 256): 1000} | dict.fromkeys(BINS, 100)
 TRAJECTORY_CHUNK = 50
 
 
@@ -1064,7 +1058,7 @@ STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "dit-256": (train_dit_256, 4000),
     "decoder": (train_decoder, 1500),
     "trajectories": (make_trajectories, 0),
-    "lcm": (train_lcm, 1000),
+    "lcm": (train_lcm, 800),
     "export": (export, 0),
 }
 
