@@ -483,9 +483,16 @@ def _staged(output_dir: Path) -> Iterator[Path]:
     """Write into a folder beside `output_dir` and move the files when all are written.
 
     The `.xml` goes last, and an old one goes first: whoever finds an `.xml` finds its weights.
+    What a process that was killed has left half-written is removed.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=output_dir.parent) as staging:
+    for left in output_dir.parent.glob(".partial-*-*"):
+        owner = left.name.split("-")[1]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".partial-{os.getpid()}-", dir=output_dir.parent
+    ) as staging:
         yield Path(staging)
         (output_dir / IR_NAME).unlink(missing_ok=True)
         for file in sorted(Path(staging).iterdir(), key=lambda file: file.suffix == ".xml"):

@@ -3,6 +3,9 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import openvino as ov
@@ -314,6 +317,28 @@ def test_a_hub_id_is_found_in_the_cache(checkpoint, tmp_path):
     ) as caught:
         helper.convert_pipeline("someone/else", tmp_path / "ov", **hub)
     assert "\n" not in str(caught.value)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(
+    transformer, tmp_path
+):
+    script = (
+        "import os, sys, time, ov_pixart_helper as helper\n"
+        "from pathlib import Path\n"
+        f"with helper._staged(Path({str(tmp_path / 'transformer')!r})) as folder:\n"
+        "    (folder / 'openvino_model.bin').write_bytes(bytes(1000))\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(helper.__file__).parent) as one:
+        assert one.stdout.readline() == b"writing\n"
+        (writing,) = tmp_path.glob(".partial-*")
+        helper.convert_transformer(transformer, tmp_path / "transformer")
+        assert writing.is_dir()
+        one.kill()
+    helper.convert_transformer(transformer, tmp_path / "transformer")
+    assert [path.name for path in tmp_path.iterdir()] == ["transformer"]
 
 
 # ---- components from elsewhere ------------------------------------------------------------------

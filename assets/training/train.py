@@ -856,7 +856,7 @@ def train_decoder(run: Run) -> None:
         pictures = vae_batch(step, pool).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             latents = encode(vae, pictures).float()
-            noise = 0.5 * POSTERIOR_STD * torch.rand(len(latents), 1, 1, 1)
+            noise = POSTERIOR_STD * torch.rand(len(latents), 1, 1, 1)
             latents = latents + noise * torch.randn_like(latents)
             output = vae.decoder(vae.post_quant_conv(latents)).float()
         loss = polish_loss(output, pictures)
