@@ -820,6 +820,12 @@ def train_dit_256(run: Run) -> None:
     train_transformer(run, share, lr=1.2e-3, start=STATE / "dit-128")
 
 
+def train_dit_finish(run: Run) -> None:
+    """256² and the bins alone, with a learning rate that falls from the middle to nothing."""
+    sizes = {(256, 256): 0.8} | dict.fromkeys(BINS, 0.05)
+    train_transformer(run, lambda done: sizes, lr=9e-4, start=STATE / "dit-256")
+
+
 # ----------------------------------------------------------------------------------------------
 # Stage: the VAE's decoder, polished for the latents as they are
 # ----------------------------------------------------------------------------------------------
@@ -900,7 +906,7 @@ def make_trajectories(run: Run) -> None:
     """Follows the teacher from noise to picture, in OpenVINO; keeps where the twin will stop."""
     from ov_pixart_helper import convert_transformer, ov
 
-    teacher = PixArtTransformer2DModel.from_pretrained(STATE / "dit-256" / "transformer")
+    teacher = PixArtTransformer2DModel.from_pretrained(STATE / "dit-finish" / "transformer")
     folder = convert_transformer(teacher.eval(), run.folder / "teacher")
     velocity = ov.Core().compile_model(folder / "openvino_model.xml", "CPU")
     condition = Conditioner()
@@ -969,7 +975,7 @@ def train_lcm(run: Run) -> None:
     stops are pictures noised afresh, as `LCMScheduler` does between steps.
     """
     torch.manual_seed(SEED)
-    transformer = PixArtTransformer2DModel.from_pretrained(STATE / "dit-256" / "transformer")
+    transformer = PixArtTransformer2DModel.from_pretrained(STATE / "dit-finish" / "transformer")
     denoiser = Denoiser(transformer)
     muon, adamw = make_optimizers(denoiser, lr=4e-4)
     ema = EMAModel(transformer.parameters(), decay=0.995, use_ema_warmup=True, power=0.75)
@@ -1035,14 +1041,15 @@ def export(run: Run) -> None:
         tokenizer=condition.tokenizer,
         text_encoder=condition.encoder,
         vae=AutoencoderKL.from_pretrained(decoder if decoder.is_dir() else STATE / "vae" / "vae"),
-        transformer=PixArtTransformer2DModel.from_pretrained(STATE / "dit-256" / "transformer"),
+        transformer=PixArtTransformer2DModel.from_pretrained(STATE / "dit-finish" / "transformer"),
         scheduler=make_scheduler(),
     ).to(torch.float16)
     pipeline.save_pretrained(CHECKPOINT, safe_serialization=True)
     shutil.copy(STATE / "text" / "tokenizer" / "spiece.model", CHECKPOINT / "tokenizer")
-    twin = PixArtTransformer2DModel.from_pretrained(STATE / "lcm" / "transformer")
-    twin.to(torch.float16).save_pretrained(LCM_CHECKPOINT / "transformer")
-    make_lcm_scheduler().save_pretrained(LCM_CHECKPOINT / "scheduler")
+    if (STATE / "lcm" / "transformer").is_dir():
+        twin = PixArtTransformer2DModel.from_pretrained(STATE / "lcm" / "transformer")
+        twin.to(torch.float16).save_pretrained(LCM_CHECKPOINT / "transformer")
+        make_lcm_scheduler().save_pretrained(LCM_CHECKPOINT / "scheduler")
     run.finish()
 
 
@@ -1056,6 +1063,7 @@ STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "latents": (make_latents, 0),
     "dit-128": (train_dit_128, 1000),
     "dit-256": (train_dit_256, 4000),
+    "dit-finish": (train_dit_finish, 1800),
     "decoder": (train_decoder, 1500),
     "trajectories": (make_trajectories, 0),
     "lcm": (train_lcm, 800),
