@@ -2,7 +2,6 @@
 
     python -m assets.training.evaluate                     # the embedded checkpoint, with torch
     python -m assets.training.evaluate models/pixart-tiny/fp16  # an OpenVINO folder
-    python -m assets.training.evaluate models/pixart-tiny/lcm   # the four-step twin
     python -m assets.training.evaluate --shape 4:3         # another aspect bin
 
 The 200 captions and seeds (assets/captions/pixart-tiny-validation.csv) are fixed: every

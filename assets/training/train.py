@@ -1,4 +1,4 @@
-"""Trains PixArt-tiny from nothing but `scenes.py`, in five stages that follow PixArt's own recipe.
+"""Trains PixArt-tiny from nothing but `scenes.py`, in stages that follow PixArt's own recipe.
 
     python -m assets.training.train            # every stage that is not finished yet, in order
     python -m assets.training.train dit-128    # one stage
