@@ -83,6 +83,7 @@ def visit(context: BrowserContext, address: str) -> Iterator[Callable[..., Page]
         page.on("request", lambda r: is_outside(r.url) and complaints.append(f"asked {r.url}"))
         page.goto(address)
         expect(page.locator("#generate")).to_be_enabled()
+        expect(page.locator("#stage")).to_be_attached()  # Gradio renders the columns one by one
         return page
 
     yield open_page
