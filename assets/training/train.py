@@ -3,10 +3,12 @@
     python -m assets.training.train            # every stage that is not finished yet, in order
     python -m assets.training.train dit-128    # one stage
     python -m assets.training.train --minutes 60   # stop after an hour; the next call goes on
+    python -m assets.training.train --from-checkpoint  # go on from the weights in assets/
 
 State lives in build/training/ (one folder a stage; outside git). Every step draws its data from
 (seed, step), so a run that was stopped and resumed sees what an unbroken one would have seen. The
-last stage, `export`, writes assets/pixart-tiny in diffusers layout.
+last stage, `export`, writes assets/pixart-tiny in diffusers layout; where build/training/ is gone,
+`--from-checkpoint` rebuilds from it what later stages start from.
 """
 
 from __future__ import annotations
@@ -506,6 +508,7 @@ LATENT_SETS = {  # (height, width): pictures; PixArt's curriculum goes from 128�
     (192, 336): 800,
     (336, 192): 800,
 }
+LONGER_SETS = {size: 12_000 if size == (256, 256) else 1_200 for size in [(256, 256), *BINS]}
 # What a patch shows: question → answers, the last of them meaning that no thing is there.
 PATCH_QUESTIONS = {
     "kind": len(scenes.KINDS) + 1,
@@ -542,17 +545,22 @@ def patch_labels(
     return torch.from_numpy(labels.astype(np.int8))
 
 
-def make_latents(run: Run) -> None:
+def make_latents(run: Run, sets: dict[tuple[int, int], int] = LATENT_SETS) -> None:
     """Encodes pictures with the finished VAE, a process a core; what is there is kept."""
-    chunks = [(h, w, i) for (h, w), count in LATENT_SETS.items() for i in range(count // CHUNK)]
+    chunks = [(h, w, i) for (h, w), count in sets.items() for i in range(count // CHUNK)]
     missing = [chunk for chunk in chunks if not chunk_file(*chunk).is_file()]
-    run.folder.mkdir(parents=True, exist_ok=True)
+    chunk_file(0, 0, 0).parent.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(initializer=_one_thread) as workers:
         results = workers.imap_unordered(_latents_job, missing)
         for _ in tqdm(results, run.name, len(chunks), initial=len(chunks) - len(missing)):
             if time.monotonic() > run.deadline:
                 return
-    run.finish(pictures=sum(LATENT_SETS.values()))
+    run.finish(pictures=sum(sets.values()))
+
+
+def make_more_latents(run: Run) -> None:
+    """For the longest stage: the same pictures of 256² and the bins, and more of them."""
+    make_latents(run, LONGER_SETS)
 
 
 def _one_thread() -> None:
@@ -602,8 +610,8 @@ class LatentSet:
     masks: torch.Tensor  # (N, 2, L)
 
     @classmethod
-    def load(cls, height: int, width: int, condition: Conditioner) -> LatentSet:
-        files = [chunk_file(height, width, i) for i in range(LATENT_SETS[height, width] // CHUNK)]
+    def load(cls, height: int, width: int, count: int, condition: Conditioner) -> LatentSet:
+        files = [chunk_file(height, width, i) for i in range(count // CHUNK)]
         chunks = [torch.load(file, weights_only=True) for file in files]
         texts = [condition([*itertools.chain(*chunk["captions"])]) for chunk in chunks]
         return cls(
@@ -637,7 +645,9 @@ class Conditioner:
     def __init__(self) -> None:
         folder = STATE / "text"
         self.tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer")
-        self.encoder = T5EncoderModel.from_pretrained(folder / "text_encoder").eval()
+        self.encoder = T5EncoderModel.from_pretrained(
+            folder / "text_encoder", dtype=torch.float32
+        ).eval()
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -718,7 +728,12 @@ def draw_timesteps(batch: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.from_numpy((drawn * 1000).astype(np.int64).clip(0, 999))
 
 
-def diffusion_loss(denoise, alphas, positions, batch, rng) -> tuple:
+THING_WEIGHT = 3.0  # in the loss, of a patch that shows a thing, from 1.0 for backdrop
+DECIDED = 600  # … at timesteps below this; above it, where things stand is still open, and weights
+# that depend on the answer would teach the model to paint more thing than there is
+
+
+def diffusion_loss(denoise, alphas, positions, batch, rng, *, thing_weight: float = 1.0) -> tuple:
     """Mean squared error of the velocity, v = α·noise − σ·latents, and the second task's loss."""
     latents, labels, features, mask = batch
     timestep = draw_timesteps(len(latents), rng)
@@ -734,7 +749,10 @@ def diffusion_loss(denoise, alphas, positions, batch, rng) -> tuple:
         F.cross_entropy(answer.flatten(0, 1), label.flatten().long())
         for answer, label in zip(split, labels.unbind(-1), strict=True)
     ]
-    return F.mse_loss(velocity.float(), to_patches(target)), sum(asked) / len(asked)
+    error = (velocity.float() - to_patches(target)).square().mean(-1)  # (B, patches)
+    weighed = (labels[..., 0] < len(scenes.KINDS)) & (timestep[:, None] < DECIDED)
+    weight = torch.where(weighed, thing_weight, 1.0)
+    return (weight * error).sum() / weight.sum(), sum(asked) / len(asked)
 
 
 def make_optimizers(denoiser: Denoiser, lr: float) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
@@ -748,19 +766,27 @@ def make_optimizers(denoiser: Denoiser, lr: float) -> tuple[torch.optim.Muon, to
 
 
 def train_transformer(
-    run: Run, share: Callable[[float], dict[tuple[int, int], float]], lr: float, start: Path | None
+    run: Run,
+    share: Callable[[float], dict[tuple[int, int], float]],
+    lr: float,
+    start: Path | None,
+    *,
+    pictures: dict[tuple[int, int], int] = LATENT_SETS,
+    thing_weight: float = 1.0,
+    batch: int = 16,
 ) -> None:
     """Trains the DiT on cached latents.
 
     Each step draws one picture size; `share` tells how often which, by how much of the stage is
-    done. A step sees 4,096 patches, so pictures of 128² come by the 64, of 256² by the 16.
+    done. Every step sees about as many patches: `batch` pictures of 256², four times as many of
+    128².
     """
     torch.manual_seed(SEED)
     transformer = make_transformer()
     if start is not None:
         transformer = PixArtTransformer2DModel.from_pretrained(start / "transformer")
     denoiser = Denoiser(transformer)
-    if start is not None:
+    if start is not None and (start / "answers.pt").is_file():
         heads = torch.load(start / "answers.pt", weights_only=True)
         denoiser.load_state_dict(heads, strict=False)
     muon, adamw = make_optimizers(denoiser, lr)
@@ -769,19 +795,22 @@ def train_transformer(
     run.resume(**parts)
     condition = Conditioner()
     nothing = tuple(tensor[0] for tensor in condition([""]))
-    sets = {size: LatentSet.load(*size, condition) for size in share(0)}
+    sets = {size: LatentSet.load(*size, pictures[size], condition) for size in share(0)}
     positions = {size: position_table(transformer, *(n // 8 for n in size)) for size in sets}
     alphas = make_scheduler().alphas_cumprod
     denoise = torch.compile(denoiser, dynamic=False)
+    seed = (SEED, 7, len(sets), *([11] if pictures is LONGER_SETS else []))
     errors = []
     for step, done in run.loop(lambda: run.save(**parts), every=500):
         for optimizer in (muon, adamw):
             set_learning_rate(optimizer, warmup_cosine(done))
-        rng = np.random.default_rng((SEED, 7, len(sets), step))
+        rng = np.random.default_rng((*seed, step))
         weights = np.array([*share(done).values()])
         size = [*sets][rng.choice(len(sets), p=weights / weights.sum())]
-        batch = sets[size].batch(64 if size == (128, 128) else 16, rng, nothing)
-        loss, asked = diffusion_loss(denoise, alphas, positions[size], batch, rng)
+        drawn = sets[size].batch(4 * batch if size == (128, 128) else batch, rng, nothing)
+        loss, asked = diffusion_loss(
+            denoise, alphas, positions[size], drawn, rng, thing_weight=thing_weight
+        )
         denoiser.zero_grad()
         (loss + SECOND_TASK * asked).backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
@@ -824,6 +853,20 @@ def train_dit_finish(run: Run) -> None:
     """256² and the bins alone, with a learning rate that falls from the middle to nothing."""
     sizes = {(256, 256): 0.8} | dict.fromkeys(BINS, 0.05)
     train_transformer(run, lambda done: sizes, lr=9e-4, start=STATE / "dit-256")
+
+
+def train_dit_longer(run: Run) -> None:
+    """Once more from a high learning rate to nothing, on more pictures; outlines count triple."""
+    sizes = {(256, 256): 0.76} | dict.fromkeys(BINS, 0.06)
+    train_transformer(
+        run,
+        lambda done: sizes,
+        lr=1.2e-3,
+        start=STATE / "dit-finish",
+        pictures=LONGER_SETS,
+        thing_weight=THING_WEIGHT,
+        batch=32,
+    )
 
 
 # ----------------------------------------------------------------------------------------------
@@ -884,6 +927,7 @@ def train_decoder(run: Run) -> None:
 # Stages: a twin that needs four steps
 # ----------------------------------------------------------------------------------------------
 
+TEACHER = STATE / "dit-longer" / "transformer"
 LCM_TIMESTEPS = (999, 759, 499, 259)  # where diffusers' LCMScheduler stops in four steps
 SOLVER_STEPS = 4  # of the teacher, from each of them to the next
 TEACHER_GUIDANCE = 4.5
@@ -906,7 +950,7 @@ def make_trajectories(run: Run) -> None:
     """Follows the teacher from noise to picture, in OpenVINO; keeps where the twin will stop."""
     from ov_pixart_helper import convert_transformer, ov
 
-    teacher = PixArtTransformer2DModel.from_pretrained(STATE / "dit-finish" / "transformer")
+    teacher = PixArtTransformer2DModel.from_pretrained(TEACHER)
     folder = convert_transformer(teacher.eval(), run.folder / "teacher")
     velocity = ov.Core().compile_model(folder / "openvino_model.xml", "CPU")
     condition = Conditioner()
@@ -975,7 +1019,7 @@ def train_lcm(run: Run) -> None:
     stops are pictures noised afresh, as `LCMScheduler` does between steps.
     """
     torch.manual_seed(SEED)
-    transformer = PixArtTransformer2DModel.from_pretrained(STATE / "dit-finish" / "transformer")
+    transformer = PixArtTransformer2DModel.from_pretrained(TEACHER)
     denoiser = Denoiser(transformer)
     muon, adamw = make_optimizers(denoiser, lr=4e-4)
     ema = EMAModel(transformer.parameters(), decay=0.995, use_ema_warmup=True, power=0.75)
@@ -1041,7 +1085,7 @@ def export(run: Run) -> None:
         tokenizer=condition.tokenizer,
         text_encoder=condition.encoder,
         vae=AutoencoderKL.from_pretrained(decoder if decoder.is_dir() else STATE / "vae" / "vae"),
-        transformer=PixArtTransformer2DModel.from_pretrained(STATE / "dit-finish" / "transformer"),
+        transformer=PixArtTransformer2DModel.from_pretrained(TEACHER),
         scheduler=make_scheduler(),
     ).to(torch.float16)
     pipeline.save_pretrained(CHECKPOINT, safe_serialization=True)
@@ -1051,6 +1095,21 @@ def export(run: Run) -> None:
         twin.to(torch.float16).save_pretrained(LCM_CHECKPOINT / "transformer")
         make_lcm_scheduler().save_pretrained(LCM_CHECKPOINT / "scheduler")
     run.finish()
+
+
+def restore() -> None:
+    """Unpacks assets/pixart-tiny as the finished stages it came from: optimizers start afresh."""
+    models = {  # stage and folder ← the checkpoint's
+        "text/tokenizer": "tokenizer",
+        "text/text_encoder": "text_encoder",
+        "vae/vae": "vae",
+        "dit-finish/transformer": "transformer",
+        "decoder/vae": "vae",
+    }
+    for target, source in models.items():
+        shutil.copytree(CHECKPOINT / source, STATE / target, dirs_exist_ok=True)
+    for name in ("text", "vae", "latents", "dit-128", "dit-256", "dit-finish", "decoder"):
+        Run(name, 0, math.inf).finish(restored_from=CHECKPOINT.as_posix())
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1064,6 +1123,8 @@ STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "dit-128": (train_dit_128, 1000),
     "dit-256": (train_dit_256, 4000),
     "dit-finish": (train_dit_finish, 1800),
+    "latents-longer": (make_more_latents, 0),
+    "dit-longer": (train_dit_longer, 4500),
     "decoder": (train_decoder, 1500),
     "trajectories": (make_trajectories, 0),
     "lcm": (train_lcm, 800),
@@ -1075,7 +1136,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("stages", nargs="*", choices=[*STAGES, []], help="default: all, in order")
     parser.add_argument("--minutes", type=float, default=math.inf, help="length of this segment")
+    parser.add_argument(
+        "--from-checkpoint", action="store_true", help="rebuild build/training/ from assets/"
+    )
     arguments = parser.parse_args()
+    if arguments.from_checkpoint:
+        restore()
     deadline = time.monotonic() + 60 * arguments.minutes
     for name in arguments.stages or STAGES:
         function, steps = STAGES[name]
