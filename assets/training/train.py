@@ -931,8 +931,10 @@ TEACHER = STATE / "dit-longer" / "transformer"
 LCM_TIMESTEPS = (999, 759, 499, 259)  # where diffusers' LCMScheduler stops in four steps
 SOLVER_STEPS = 4  # of the teacher, from each of them to the next
 TEACHER_GUIDANCE = 4.5
-TRAJECTORIES = {(256, 256): 1000} | dict.fromkeys(BINS, 100)
-TRAJECTORY_CHUNK = 50
+CHAINS = {(256, 256): 800} | dict.fromkeys(BINS, 60)
+CHAIN_CHUNK = 20
+# A chain's i-th trajectory starts at the i-th stop: all (stop passed, trajectory) pairs, in order.
+CHAIN_POINTS = [(stop, i) for i in range(len(LCM_TIMESTEPS)) for stop in range(i, 4)]
 
 
 def make_lcm_scheduler() -> LCMScheduler:
@@ -947,52 +949,68 @@ def make_lcm_scheduler() -> LCMScheduler:
 
 
 def make_trajectories(run: Run) -> None:
-    """Follows the teacher from noise to picture, in OpenVINO; keeps where the twin will stop."""
+    """Follows the teacher, in OpenVINO, from wherever the twin will stand to the picture.
+
+    `LCMScheduler` predicts the picture, noises that afresh for the next stop, and predicts again.
+    A chain does the same with the teacher's whole trajectories in place of predictions, so that
+    the twin is taught on just what it will meet.
+    """
     from ov_pixart_helper import convert_transformer, ov
 
     teacher = PixArtTransformer2DModel.from_pretrained(TEACHER)
     folder = convert_transformer(teacher.eval(), run.folder / "teacher")
     velocity = ov.Core().compile_model(folder / "openvino_model.xml", "CPU")
     condition = Conditioner()
-    chunks = [(h, w, i) for (h, w), n in TRAJECTORIES.items() for i in range(n // TRAJECTORY_CHUNK)]
+    chunks = [(h, w, i) for (h, w), n in CHAINS.items() for i in range(n // CHAIN_CHUNK)]
     run.steps = len(chunks)
-    while run.step < run.steps and trajectory_file(*chunks[run.step]).is_file():
+    while run.step < run.steps and chain_file(*chunks[run.step]).is_file():
         run.step += 1
     for step, _ in run.loop(lambda: None):
         height, width, index = chunks[step]
         rng = np.random.default_rng((SEED, 8, height, width, index))
-        captions = [scene_and_caption(rng)[1] for _ in range(TRAJECTORY_CHUNK)]
-        noise = rng.standard_normal((len(captions), 4, height // 8, width // 8), dtype=np.float32)
-        parts = [
-            follow_teacher(
-                velocity, torch.from_numpy(noise[i : i + 10]), captions[i : i + 10], condition
-            )
-            for i in range(0, len(captions), 10)
-        ]
-        chunk = trajectory_file(*chunks[step])
-        saved = {"points": torch.cat(parts).half(), "captions": captions}
-        torch.save(saved, chunk.with_suffix(".tmp"))
-        os.replace(chunk.with_suffix(".tmp"), chunk)
+        captions = [scene_and_caption(rng)[1] for _ in range(CHAIN_CHUNK)]
+        saved = follow_chain(velocity, captions, height // 8, width // 8, condition, rng)
+        file = chain_file(*chunks[step])
+        torch.save(saved | {"captions": captions}, file.with_suffix(".tmp"))
+        os.replace(file.with_suffix(".tmp"), file)
     if run.step == run.steps:
-        run.finish(trajectories=sum(TRAJECTORIES.values()))
+        run.finish(chains=sum(CHAINS.values()))
 
 
-def trajectory_file(height: int, width: int, index: int) -> Path:
+def chain_file(height: int, width: int, index: int) -> Path:
     return STATE / "trajectories" / f"{height}x{width}-{index:03d}.pt"
 
 
-def follow_teacher(velocity, latents, captions, condition) -> torch.Tensor:
-    """Latents at each of `LCM_TIMESTEPS` and at the end, (B, 5, 4, H, W), with guidance."""
+def follow_chain(
+    velocity, captions: list[str], height: int, width: int, condition: Conditioner, rng
+) -> dict[str, torch.Tensor]:
+    """One chain a caption: `points` (B, 10, 4, H, W) by `CHAIN_POINTS`, `ends` (B, 4, 4, H, W)."""
+    alphas = make_scheduler().alphas_cumprod
+    conditions = condition([""] * len(captions) + captions)
+    points, ends = [], []
+    end = torch.zeros(len(captions), 4, height, width)  # all is noise at the first stop
+    for i, timestep in enumerate(LCM_TIMESTEPS):
+        noise = torch.from_numpy(rng.standard_normal(end.shape, dtype=np.float32))
+        start = alphas[timestep].sqrt() * end + (1 - alphas[timestep]).sqrt() * noise
+        passed, end = follow_teacher(velocity, noise if i == 0 else start, i, conditions)
+        points += passed
+        ends.append(end)
+    return {"points": torch.stack(points, 1).half(), "ends": torch.stack(ends, 1).half()}
+
+
+def follow_teacher(
+    velocity, latents: torch.Tensor, stop: int, conditions: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The latents at this stop and all later ones, and at the end; with guidance."""
     scheduler = make_scheduler()
-    ends = [*LCM_TIMESTEPS, 0]
     scheduler.set_timesteps(
         timesteps=[
             round(start + (end - start) * k / SOLVER_STEPS)
-            for start, end in itertools.pairwise(ends)
+            for start, end in itertools.pairwise([*LCM_TIMESTEPS[stop:], 0])
             for k in range(SOLVER_STEPS)
         ]
     )
-    features, mask = condition([""] * len(captions) + captions)
+    features, mask = (tensor.numpy() for tensor in conditions)
     points = []
     for step, timestep in enumerate(scheduler.timesteps):
         if step % SOLVER_STEPS == 0:
@@ -1001,61 +1019,58 @@ def follow_teacher(velocity, latents, captions, condition) -> torch.Tensor:
             {
                 "hidden_states": torch.cat([latents, latents]).numpy(),
                 "timestep": np.full(2 * len(latents), timestep.item()),
-                "encoder_hidden_states": features.numpy(),
-                "encoder_attention_mask": mask.numpy(),
+                "encoder_hidden_states": features,
+                "encoder_attention_mask": mask,
             }
         )["sample"]
         without, given = torch.from_numpy(output[:, :4]).chunk(2)
         guided = without + TEACHER_GUIDANCE * (given - without)
         latents = scheduler.step(guided, timestep, latents, return_dict=False)[0]
-    return torch.stack([*points, latents], 1)
+    return points, latents
 
 
 def train_lcm(run: Run) -> None:
-    """Teaches the twin to jump from each stop to the trajectory's end; guidance is baked in.
+    """Teaches the twin to jump from each stop to its trajectory's end; guidance is baked in.
 
     A consistency model (Song et al. 2023) learned from whole trajectories: they fit a small
-    machine's memory, and a target that is the teacher's own needs no second network. Half of the
-    stops are pictures noised afresh, as `LCMScheduler` does between steps.
+    machine's memory, and a target that is the teacher's own needs no second network.
     """
     torch.manual_seed(SEED)
     transformer = PixArtTransformer2DModel.from_pretrained(TEACHER)
     denoiser = Denoiser(transformer)
-    muon, adamw = make_optimizers(denoiser, lr=4e-4)
+    muon, adamw = make_optimizers(denoiser, lr=6e-4)
     ema = EMAModel(transformer.parameters(), decay=0.995, use_ema_warmup=True, power=0.75)
     parts = {"model": denoiser, "muon": muon, "adamw": adamw, "ema": ema}
     run.resume(**parts)
     sets = {}
-    for size, count in TRAJECTORIES.items():
-        files = [trajectory_file(*size, i) for i in range(count // TRAJECTORY_CHUNK)]
+    for size, count in CHAINS.items():
+        files = [chain_file(*size, i) for i in range(count // CHAIN_CHUNK)]
         chunks = [torch.load(file, weights_only=True) for file in files]
-        points = torch.cat([chunk["points"] for chunk in chunks])
-        sets[size] = points, [caption for chunk in chunks for caption in chunk["captions"]]
+        points, ends = (torch.cat([chunk[name] for chunk in chunks]) for name in ("points", "ends"))
+        sets[size] = points, ends, [caption for chunk in chunks for caption in chunk["captions"]]
     condition, alphas = Conditioner(), make_scheduler().alphas_cumprod
     positions = {size: position_table(transformer, *(n // 8 for n in size)) for size in sets}
     denoise = torch.compile(denoiser, dynamic=False)
-    weights = np.array([*TRAJECTORIES.values()]) / sum(TRAJECTORIES.values())
+    sizes = np.array([*CHAINS.values()]) / sum(CHAINS.values())
+    starts = np.array([2.0 if stop == i else 1.0 for stop, i in CHAIN_POINTS])
     errors = []
     for step, done in run.loop(lambda: run.save(**parts)):
         for optimizer in (muon, adamw):
             set_learning_rate(optimizer, warmup_cosine(done))
         rng = np.random.default_rng((SEED, 9, step))
-        size = [*sets][rng.choice(len(sets), p=weights)]
-        points, captions = sets[size]
-        drawn = rng.integers(len(points), size=16)
-        stop = rng.integers(len(LCM_TIMESTEPS), size=16)
+        size = [*sets][rng.choice(len(sets), p=sizes)]
+        points, ends, captions = sets[size]
+        drawn = rng.integers(len(points), size=32)
+        which = rng.choice(len(starts), size=32, p=starts / starts.sum())
+        stop, trajectory = np.array(CHAIN_POINTS)[which].T
+        latents, end = points[drawn, which].float(), ends[drawn, trajectory].float()
         timestep = torch.tensor(LCM_TIMESTEPS)[stop]
-        alpha = alphas[timestep].sqrt()[:, None, None, None]
-        sigma = (1 - alphas[timestep]).sqrt()[:, None, None, None]
-        end, latents = points[drawn, -1].float(), points[drawn, stop].float()
-        noise = torch.from_numpy(rng.standard_normal(end.shape, dtype=np.float32))
-        afresh = torch.from_numpy((rng.random(16) < 0.5) & (stop > 0))[:, None, None, None]
-        latents = torch.where(afresh, alpha * end + sigma * noise, latents)
         features, mask = condition([captions[i] for i in drawn])
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             velocity, _ = denoise(to_patches(latents), positions[size], features, mask, timestep)
-        predicted = alpha.flatten(1)[..., None] * to_patches(latents)
-        predicted = predicted - sigma.flatten(1)[..., None] * velocity.float()
+        alpha = alphas[timestep].sqrt()[:, None, None]
+        sigma = (1 - alphas[timestep]).sqrt()[:, None, None]
+        predicted = alpha * to_patches(latents) - sigma * velocity.float()
         loss = F.mse_loss(predicted, to_patches(end))
         denoiser.zero_grad()
         loss.backward()
@@ -1127,7 +1142,7 @@ STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "dit-longer": (train_dit_longer, 4500),
     "decoder": (train_decoder, 1500),
     "trajectories": (make_trajectories, 0),
-    "lcm": (train_lcm, 800),
+    "lcm": (train_lcm, 900),
     "export": (export, 0),
 }
 
