@@ -1,16 +1,25 @@
 """The embedded checkpoint is what its card says."""
 
 import json
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, PixArtAlphaPipeline
+from diffusers import AutoencoderKL, LCMScheduler, PixArtAlphaPipeline
 from safetensors import safe_open
 from transformers import T5Tokenizer
 
 from assets.training import evaluate, oracle, scenes
-from assets.training.train import CHECKPOINT, encode, to_tensor, vae_psnr
+from assets.training.train import (
+    CHECKPOINT,
+    LCM_CHECKPOINT,
+    LCM_TIMESTEPS,
+    encode,
+    to_tensor,
+    vae_psnr,
+)
+from ov_pixart_helper import OVPixArtAlphaPipeline, convert_pipeline, default_settings
 
 torch.set_grad_enabled(False)
 
@@ -20,14 +29,58 @@ def vae():
     return AutoencoderKL.from_pretrained(CHECKPOINT / "vae")
 
 
-def test_it_is_a_pixart_in_half_precision_safetensors_of_at_most_40_mb():
-    weights = list(CHECKPOINT.rglob("*.safetensors"))
-    assert len(weights) == 3
+@pytest.fixture(scope="module")
+def in_openvino(tmp_path_factory):
+    """`in_openvino(checkpoint)`: it as an OpenVINO folder; the twin borrows what it lacks."""
+
+    @cache
+    def convert(checkpoint):
+        lent = (
+            {} if checkpoint == CHECKPOINT else {"transformer": checkpoint, "scheduler": checkpoint}
+        )
+        return convert_pipeline(CHECKPOINT, tmp_path_factory.mktemp("ov"), **lent)
+
+    return convert
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "models", "megabytes"), [(CHECKPOINT, 3, 40), (LCM_CHECKPOINT, 1, 20)]
+)
+def test_it_is_small_and_in_half_precision_safetensors(checkpoint, models, megabytes):
+    weights = list(checkpoint.rglob("*.safetensors"))
+    assert len(weights) == models
     for file in weights:
         with safe_open(file, framework="pt") as tensors:
             assert {tensors.get_slice(k).get_dtype() for k in tensors.keys()} == {"F16"}  # noqa: SIM118
-    assert sum(f.stat().st_size for f in CHECKPOINT.rglob("*")) <= 40e6
-    assert not [f for f in CHECKPOINT.rglob("*") if f.suffix in {".bin", ".pt", ".pkl", ".py"}]
+    assert sum(f.stat().st_size for f in checkpoint.rglob("*")) <= megabytes * 1e6
+    assert not [f for f in checkpoint.rglob("*") if f.suffix in {".bin", ".pt", ".pkl", ".py"}]
+
+
+def test_the_twin_stops_where_its_training_did():
+    scheduler = LCMScheduler.from_pretrained(LCM_CHECKPOINT / "scheduler")
+    scheduler.set_timesteps(4)
+    assert tuple(scheduler.timesteps.tolist()) == LCM_TIMESTEPS
+
+
+@pytest.mark.parametrize(("checkpoint", "floor"), [(CHECKPOINT, 0.0), (LCM_CHECKPOINT, 0.0)])
+def test_it_paints_what_held_out_captions_ask_for(checkpoint, floor, in_openvino):
+    """The list's first 24 captions; the floor leaves room for other machines' roundings."""
+    settings = default_settings(in_openvino(checkpoint))
+    pipeline = OVPixArtAlphaPipeline.from_pretrained(in_openvino(checkpoint))
+    pipeline.set_progress_bar_config(disable=True)
+    rows = evaluate.read_captions()[:24]
+    pictures = evaluate.generate(
+        pipeline,
+        rows,
+        height=256,
+        width=256,
+        steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+    )
+    scores = [oracle.score_caption(p, c) for p, (c, _) in zip(pictures, rows, strict=True)]
+    assert np.mean([score.right for score in scores]) >= floor
+    for attribute in ("count", "colour", "background"):
+        assert np.mean([score.attributes.get(attribute, True) for score in scores]) >= 0.9
 
 
 def test_its_geometry_is_that_of_a_256_pixel_pixart_alpha():
