@@ -696,6 +696,8 @@ def convert_pipeline(
     transformer: str | Path | None = None,
     vae: str | Path | None = None,
     scheduler: str | Path | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -709,6 +711,8 @@ def convert_pipeline(
     `text_encoder`, `transformer`, `vae`, `scheduler`: take this component from elsewhere, an id or
     a folder that holds it alone or in a subfolder of its name. Fine-tuned and few-step models
     often publish nothing but a transformer.
+    `lora`: an id or a folder of a LoRA for the transformer, as peft saves it; it is added to the
+    weights, `lora_scale` times, before they are converted.
     `revision` (of `model_id`), `cache_dir`, `token`, `local_files_only`: as in `huggingface_hub`.
     `force`: convert again what is already there.
 
@@ -733,15 +737,19 @@ def convert_pipeline(
     for name, given in others.items():
         folders[name] = _fetch_component(name, given, *hub)
     _check_components_fit(folders)
+    _check(_is_number(lora_scale), "lora_scale", lora_scale, "a number; 1 is full strength")
+    if lora is not None:
+        others |= {"lora": lora, "lora_scale": lora_scale}
+        folders["lora"] = _fetch_lora(lora, *hub)
     output_dir = Path(output_dir)
-    _check_output(output_dir, {source, *(folders[name] for name in others)})
+    _check_output(output_dir, {source, *(folders[name] for name in others.keys() & folders.keys())})
     index = {name: index[name] for name in index if name[0] == "_" or name in _COMPONENTS}
     index["scheduler"] = ["diffusers", _read_scheduler_name(folders["scheduler"])]
     command = _call_text(
         "convert_pipeline", model_id, output_dir, weight_format=weight_format, **others
     )
     with _writing_to(output_dir, command):
-        _convert_all(folders, output_dir, weight_format, force)
+        _convert_all(folders, lora_scale, output_dir, weight_format, force)
         _save_tokenizer(folders["tokenizer"], output_dir / "tokenizer")
         with _staged(output_dir / "scheduler") as folder:
             shutil.copy(folders["scheduler"] / "scheduler_config.json", folder)
@@ -750,10 +758,13 @@ def convert_pipeline(
 
 
 def _convert_all(
-    folders: dict[str, Path], output_dir: Path, weight_format: str, force: bool
+    folders: dict[str, Path], lora_scale: float, output_dir: Path, weight_format: str, force: bool
 ) -> None:
     """Convert the models that are not there yet, one after another."""
     prints = {name: _fingerprint(folders[part.folder]) for name, part in PARTS.items()}
+    if "lora" in folders:
+        added = {"scale": lora_scale, **_fingerprint(folders["lora"])}
+        prints["transformer"] = {**prints["transformer"], "lora": added}
     missing = [
         name
         for name in PARTS
@@ -766,6 +777,8 @@ def _convert_all(
             bar.set_description(f"{'Converting' if name in missing else 'Keeping'} {name}")
             if name in missing:
                 module = _load_part(folders[part.folder], part.loader)
+                if name == "transformer" and "lora" in folders:
+                    module = _fuse_lora(module, folders["lora"], lora_scale)
                 _convert(part.trace, module, output_dir / name, weight_format, prints[name])
                 del module
                 gc.collect()
@@ -798,6 +811,7 @@ def _fetch(
         weights += [f"{name}/openvino*" for name in PARTS]
     else:  # a component may lie in a repository of its own
         weights += ["model*.safetensors", "diffusion_pytorch_model*.safetensors"]
+        weights += ["*adapter_model.safetensors"]
     try:
         folder = snapshot_download(
             str(model_id),
@@ -900,6 +914,55 @@ def _fetch_component(name: str, given: str | Path, *hub) -> Path:
     if name != "scheduler":
         _check_weights(folder)
     return folder
+
+
+def _fetch_lora(lora: str | Path, *hub) -> Path:
+    """The folder of a LoRA, or its subfolder as diffusers' training script for PixArt names it."""
+    folder = _fetch(lora, None, *hub, names=set(), kind="lora")
+    folder = next((f for f in (folder, folder / "transformer_lora") if _has_lora(f)), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"lora={str(lora)!r} holds no adapter_config.json: name a folder that peft has saved."
+        )
+    kind = _read_config(folder / "adapter_config.json").get("peft_type")
+    _check(kind == "LORA", "lora", str(lora), f"a LoRA, not of type {kind!r}")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"lora={str(lora)!r} holds no adapter_model.safetensors, and only safetensors are "
+            "read: save it again with safe_serialization=True."
+        )
+    return folder
+
+
+def _has_lora(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _fuse_lora(transformer: PixArtTransformer, folder: Path, scale: float) -> PixArtTransformer:
+    """Add a LoRA's low-rank matrices to the weights that they belong to, so that they cost nothing.
+
+    peft tolerates matrices that fit nowhere, or are missing; here that is refused.
+    """
+    import peft  # not at the top: it takes a second, and most conversions do without
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        expected = set(tensors.keys())
+    try:
+        with _quiet():
+            adapted = peft.PeftModel.from_pretrained(transformer, folder)
+            found = set(peft.get_peft_model_state_dict(adapted))
+            for layer in adapted.modules():
+                if isinstance(layer, peft.tuners.lora.LoraLayer):
+                    layer.scale_layer(scale)
+            fused = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, KeyError):
+        found = set()
+    if found != expected:
+        raise ValueError(
+            f"lora={str(folder)!r} does not fit the transformer: choose one that was trained for "
+            "this checkpoint."
+        )
+    return fused
 
 
 def _check_components_fit(folders: dict[str, Path]) -> None:
