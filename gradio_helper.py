@@ -143,6 +143,7 @@ class ModelFacts:
     min_steps: int = 1
     knows_scenes: bool = False  # PixArt-tiny: captions of geometric scenes only
     size_mb: float = 0.0
+    timesteps: tuple[int, ...] = ()  # where one-step models (DMD) start
 
     @property
     def styles(self) -> dict[str, str]:
@@ -214,6 +215,7 @@ def read_model_facts(folder: Path) -> ModelFacts:
         min_steps=1 if few_step else 2,  # diffusers' PixArt cannot do one step of DPM-Solver++
         knows_scenes=text_encoder.get("vocab_size", 32_128) < 2_000,
         size_mb=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6,
+        timesteps=getattr(defaults, "timesteps", ()),
     )
 
 
@@ -440,6 +442,7 @@ class Studio:
             prompt,
             negative_prompt=negative,
             num_inference_steps=settings.steps,
+            timesteps=list(model.timesteps) if settings.steps == len(model.timesteps) else None,
             guidance_scale=settings.guidance,
             num_images_per_prompt=settings.pictures,
             height=height,

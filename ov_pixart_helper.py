@@ -11,6 +11,7 @@ Import this module before `openvino` or `nncf`: it switches their usage telemetr
 """
 
 import contextlib
+import errno
 import functools
 import gc
 import hashlib
@@ -28,6 +29,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import warnings
 import weakref
@@ -89,6 +91,7 @@ def _silent_nncf() -> Iterator[None]:
 _opt_out_of_telemetry()
 with _quiet():
     import datasets
+    import diffusers
     import matplotlib.pyplot as plt
     import nncf
     import numpy as np
@@ -100,7 +103,8 @@ with _quiet():
     from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtSigmaPipeline
     from diffusers import PixArtTransformer2DModel as PixArtTransformer
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
-    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+    from filelock import FileLock, Timeout
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from matplotlib.axes import Axes
@@ -283,12 +287,17 @@ def _trace_text_encoder(text_encoder: T5EncoderModel) -> ov.Model:
     any_text = ([-1, -1], ov.Type.i64)  # (batch, tokens)
     # transformers builds its masks with code that cannot be traced; optimum's patcher swaps it.
     with _T5ExportConfig(text_encoder.config).patch_model_for_export(text_encoder):
-        return _trace(
+        model = _trace(
             _TextEncoderForTracing(text_encoder),
             example={"input_ids": tokens, "attention_mask": tokens},
             inputs={"input_ids": any_text, "attention_mask": any_text},
             output="last_hidden_state",
         )
+    # T5's activations leave float16's range. A GPU, which computes in it, divides them by this
+    # number and multiplies again where it is safe; it reads it here by itself, CPUs do not.
+    # The number is the one that optimum-intel gives text encoders.
+    model.set_rt_info("8.0", ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"])
+    return model
 
 
 def _trace_transformer(transformer: PixArtTransformer) -> ov.Model:
@@ -427,13 +436,12 @@ def _convert(
         model = trace(module)
         if weight_format in ("int8", "int4"):
             model = _compress_weights(model, weight_format, module.config)
-        with _staged(Path(output_dir)) as folder:
-            ov.save_model(model, folder / IR_NAME, compress_to_fp16=weight_format != "fp32")
+        with _refusals_in_one_line(Path(output_dir)), _staged(Path(output_dir)) as folder:
+            _save_ir(model, folder, compress_to_fp16=weight_format != "fp32")
             del model
             _save_config(module, folder)
-            files = {file.name: file.stat().st_size for file in folder.iterdir()}
-            record = {"weight_format": weight_format, "source": source, "files": files}
-            (folder / "conversion.json").write_text(json.dumps(record, indent=1))
+            record = {"weight_format": weight_format, "source": source}
+            _write_record(record, folder / "conversion.json")
     return Path(output_dir)
 
 
@@ -478,25 +486,186 @@ def _save_config(module: torch.nn.Module, folder: Path) -> None:
     save(folder)
 
 
+# ---- nothing half-written, nothing lost ---------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _writing_to(output_dir: Path, command: str) -> Iterator[None]:
+    """Have an output folder to oneself; who finds another process at work waits for it.
+
+    The lock goes with its process, however that ends. What stays then is `command`, the call that
+    finishes the folder, for the reader who tries to load it.
+    """
+    with _refusals_in_one_line(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output_dir / ".lock")
+        try:
+            held = lock.acquire(timeout=0)
+        except Timeout:
+            tqdm.write(f"Waiting for another process that writes to {str(output_dir)!r} …")
+            held = lock.acquire()
+        with held:
+            (output_dir / _UNFINISHED).write_text(command, encoding="utf-8")
+            yield
+            (output_dir / _UNFINISHED).unlink()
+
+
+_UNFINISHED = ".unfinished"
+
+
+def _how_to_finish(folder: Path) -> str:
+    """The call that finishes or mends a folder; in general terms where none is on record."""
+    with contextlib.suppress(OSError, ValueError):
+        if command := (folder / _UNFINISHED).read_text(encoding="utf-8"):
+            return command
+    if any((folder / name / _RECORDS[1]).is_file() for name in PARTS):
+        return f"optimize_pipeline(ov_dir, {str(folder)!r}, preset)"
+    return f"convert_pipeline(model_id, {str(folder)!r})"
+
+
+def _call_text(function: str, *args: Any, **options: Any) -> str:
+    """A call as one would type it; paths as strings, options that are None left out."""
+    shown = [repr(str(arg)) for arg in args]
+    for name, value in options.items():
+        if value is not None:
+            shown.append(f"{name}={(str(value) if isinstance(value, Path) else value)!r}")
+    return f"{function}({', '.join(shown)})"
+
+
+@contextlib.contextmanager
+def _refusals_in_one_line(output_dir: Path) -> Iterator[None]:
+    """Say what to do if the system does not let us write."""
+    try:
+        yield
+    except OSError as error:
+        there = Path(error.filename or output_dir).is_relative_to(output_dir)
+        if error.errno not in _REFUSALS or not there:
+            raise
+        raise type(error)(
+            f"output_dir={str(output_dir)!r} cannot be written ({error.strerror}): make room "
+            "there, or name a folder that you may write to, and call again."
+        ) from None
+
+
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
 @contextlib.contextmanager
 def _staged(output_dir: Path) -> Iterator[Path]:
-    """Write into a folder beside `output_dir` and move the files when all are written.
+    """Write into a folder beside `output_dir` and move the files when all are on the disk.
 
-    The `.xml` goes last, and an old one goes first: whoever finds an `.xml` finds its weights.
-    What a process that was killed has left half-written is removed.
+    The `.xml` goes last, and an old one goes first, with its record: whoever finds an `.xml` finds
+    its weights. What a process that was killed has left half-written is removed.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    for left in output_dir.parent.glob(".partial-*-*"):
-        owner = left.name.split("-")[1]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(left, ignore_errors=True)
+    _remove_leftovers(output_dir.parent)
     with tempfile.TemporaryDirectory(
         prefix=f".partial-{os.getpid()}-", dir=output_dir.parent
     ) as staging:
         yield Path(staging)
-        (output_dir / IR_NAME).unlink(missing_ok=True)
-        for file in sorted(Path(staging).iterdir(), key=lambda file: file.suffix == ".xml"):
+        files = sorted(Path(staging).iterdir(), key=lambda file: file.suffix == ".xml")
+        for file in files:
+            _flush(file)
+        for name in (IR_NAME, *_RECORDS):
+            (output_dir / name).unlink(missing_ok=True)
+        for file in files:
             os.replace(file, output_dir / file.name)
+        _flush(output_dir)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for left in folder.glob(".partial-*-*"):
+        owner = left.name.split("-")[1]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk: power may go at any time."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows opens no folders, and writes their lists by itself
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _save_ir(model: ov.Model, folder: Path, *, compress_to_fp16: bool = False) -> None:
+    """Write an IR, and make sure that all of it was: OpenVINO does not look at a full disk."""
+    try:
+        ov.save_model(model, folder / IR_NAME, compress_to_fp16=compress_to_fp16)
+        ov.Core().read_model(folder / IR_NAME)  # maps the weights, and misses what is not there
+    except RuntimeError:
+        raise OSError(errno.ENOSPC, "is the disk full?", str(folder)) from None
+
+
+# Beside each model lies a record: how it was made, and size and SHA-256 of every file. A folder
+# of IRs is tens of seconds' reading where T5-XXL is in it, so hashes are not for every load:
+#
+# - whoever keeps or copies a finished model instead of making it again reads all of it;
+# - whoever loads one compares sizes, and hashes up to `_QUICK_TO_HASH`: graphs and configurations
+#   always, weights of small models. Flipped bits in large weights wait for the next conversion.
+_RECORDS = ("conversion.json", "optimization.json")
+_QUICK_TO_HASH = 32_000_000  # bytes: about 0.03 seconds
+
+
+def _write_record(record: dict[str, Any], file: Path) -> None:
+    """Write down how the model in this folder was made, and what its files are."""
+    files = {
+        other.name: {"size": other.stat().st_size, "sha256": _sha256(other)}
+        for other in sorted(file.parent.iterdir())
+    }
+    file.write_text(json.dumps({**record, "files": files}, indent=1), encoding="utf-8")
+
+
+def _read_record(file: Path) -> dict[str, Any]:
+    """What `_write_record` has written; empty if there is nothing of the kind."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        sealed = all({"size", "sha256"} <= noted.keys() for noted in record["files"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return record if sealed else {}
+
+
+def _find_damage(folder: Path, record: dict[str, Any], *, thorough: bool) -> str | None:
+    """The first file of a model that is not as its record says; `thorough`: hash all."""
+    for name, noted in record.get("files", {}).items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != noted["size"]:
+            return name
+        if (thorough or noted["size"] <= _QUICK_TO_HASH) and _sha256(file) != noted["sha256"]:
+            return name
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _write_json(content: dict, file: Path) -> None:
+    """Write all of it or nothing."""
+    partial = file.with_name(f".partial-{file.name}")
+    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _flush(partial)
+    os.replace(partial, file)
+    _flush(file.parent)
+
+
+def _check_output(output_dir: Path, sources: Iterable[Path]) -> None:
+    """An output must not be mixed up with what it is made from."""
+    if output_dir.is_file():
+        raise ValueError(f"output_dir={str(output_dir)!r} is a file: name a folder.")
+    written = [output_dir.resolve(), *(output_dir.resolve() / name for name in PARTS)]
+    for source in sources:
+        if any(source.resolve() in (folder, *folder.parents) for folder in written):
+            place = "is" if written[0] == source.resolve() else "lies in"
+            raise ValueError(
+                f"output_dir={str(output_dir)!r} {place} the source folder {str(source)!r}: "
+                "choose another."
+            )
 
 
 # ---- the whole pipeline -------------------------------------------------------------------------
@@ -527,6 +696,8 @@ def convert_pipeline(
     transformer: str | Path | None = None,
     vae: str | Path | None = None,
     scheduler: str | Path | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -540,6 +711,8 @@ def convert_pipeline(
     `text_encoder`, `transformer`, `vae`, `scheduler`: take this component from elsewhere, an id or
     a folder that holds it alone or in a subfolder of its name. Fine-tuned and few-step models
     often publish nothing but a transformer.
+    `lora`: an id or a folder of a LoRA for the transformer, as peft saves it; it is added to the
+    weights, `lora_scale` times, before they are converted.
     `revision` (of `model_id`), `cache_dir`, `token`, `local_files_only`: as in `huggingface_hub`.
     `force`: convert again what is already there.
 
@@ -548,6 +721,7 @@ def convert_pipeline(
     finished, and the same call finishes it.
     """
     _check_weight_format(weight_format)
+    _check(isinstance(output_dir, str | Path), "output_dir", output_dir, "the path of a folder")
     others = {
         "text_encoder": text_encoder,
         "transformer": transformer,
@@ -563,14 +737,34 @@ def convert_pipeline(
     for name, given in others.items():
         folders[name] = _fetch_component(name, given, *hub)
     _check_components_fit(folders)
+    _check(_is_number(lora_scale), "lora_scale", lora_scale, "a number; 1 is full strength")
+    if lora is not None:
+        others |= {"lora": lora, "lora_scale": lora_scale}
+        folders["lora"] = _fetch_lora(lora, *hub)
     output_dir = Path(output_dir)
-    if output_dir.resolve() == source.resolve():
-        raise ValueError(
-            f"output_dir={str(output_dir)!r} is the folder of the checkpoint: choose another."
-        )
-    output_dir.mkdir(parents=True, exist_ok=True)
+    _check_output(output_dir, {source, *(folders[name] for name in others.keys() & folders.keys())})
+    index = {name: index[name] for name in index if name[0] == "_" or name in _COMPONENTS}
+    index["scheduler"] = ["diffusers", _read_scheduler_name(folders["scheduler"])]
+    command = _call_text(
+        "convert_pipeline", model_id, output_dir, weight_format=weight_format, **others
+    )
+    with _writing_to(output_dir, command):
+        _convert_all(folders, lora_scale, output_dir, weight_format, force)
+        _save_tokenizer(folders["tokenizer"], output_dir / "tokenizer")
+        with _staged(output_dir / "scheduler") as folder:
+            shutil.copy(folders["scheduler"] / "scheduler_config.json", folder)
+        _write_json(index, output_dir / MODEL_INDEX)
+    return output_dir
 
+
+def _convert_all(
+    folders: dict[str, Path], lora_scale: float, output_dir: Path, weight_format: str, force: bool
+) -> None:
+    """Convert the models that are not there yet, one after another."""
     prints = {name: _fingerprint(folders[part.folder]) for name, part in PARTS.items()}
+    if "lora" in folders:
+        added = {"scale": lora_scale, **_fingerprint(folders["lora"])}
+        prints["transformer"] = {**prints["transformer"], "lora": added}
     missing = [
         name
         for name in PARTS
@@ -583,21 +777,17 @@ def convert_pipeline(
             bar.set_description(f"{'Converting' if name in missing else 'Keeping'} {name}")
             if name in missing:
                 module = _load_part(folders[part.folder], part.loader)
+                if name == "transformer" and "lora" in folders:
+                    module = _fuse_lora(module, folders["lora"], lora_scale)
                 _convert(part.trace, module, output_dir / name, weight_format, prints[name])
                 del module
                 gc.collect()
             bar.update()
         bar.set_description("Converted")
 
-    _save_tokenizer(folders["tokenizer"], output_dir / "tokenizer")
-    shutil.copytree(folders["scheduler"], output_dir / "scheduler", dirs_exist_ok=True)
-    scheduler_config = _read_config(folders["scheduler"] / "scheduler_config.json")
-    index["scheduler"] = ["diffusers", scheduler_config["_class_name"]]
-    _write_json(index, output_dir / MODEL_INDEX)
-    return output_dir
 
-
-_COMPONENTS = frozenset({"tokenizer", "text_encoder", "transformer", "vae", "scheduler"})
+_MODELS = frozenset({"text_encoder", "transformer", "vae"})
+_COMPONENTS = _MODELS | {"tokenizer", "scheduler"}
 
 
 def _fetch(
@@ -607,6 +797,8 @@ def _fetch(
 
     `names`: the components whose weights are wanted; `kind`: the argument to name in errors.
     """
+    is_name = isinstance(model_id, str | Path) and bool(str(model_id))
+    _check(is_name, kind, model_id, "a folder or a Hugging Face id")
     if Path(model_id).is_dir():
         return Path(model_id)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(model_id)) or isinstance(model_id, Path):
@@ -619,6 +811,7 @@ def _fetch(
         weights += [f"{name}/openvino*" for name in PARTS]
     else:  # a component may lie in a repository of its own
         weights += ["model*.safetensors", "diffusion_pytorch_model*.safetensors"]
+        weights += ["*adapter_model.safetensors"]
     try:
         folder = snapshot_download(
             str(model_id),
@@ -643,20 +836,27 @@ def _read_model_index(folder: Path) -> dict:
     """The folder's `model_index.json`, if it is one of a PixArt pipeline."""
     file = folder / MODEL_INDEX
     if not file.is_file():
-        if any((folder / name / IR_NAME).is_file() for name in PARTS):
+        if _is_openvino_folder(folder) or (folder / ".lock").is_file():
             raise FileNotFoundError(
                 f"{str(folder)!r} is an unfinished OpenVINO folder ({MODEL_INDEX} is missing): "
-                f"run convert_pipeline(model_id, {str(folder)!r}) once more to finish it."
+                f"run {_how_to_finish(folder)} once more to finish it."
             )
         raise FileNotFoundError(
             f"{str(folder)!r} has no {MODEL_INDEX}: name the folder of a whole PixArt pipeline."
         )
-    index = json.loads(file.read_text(encoding="utf-8"))
+    index = _read_config(file)
     if _family(index) is None:
         raise ValueError(
             f"{str(folder)!r} holds a {index.get('_class_name')}: only PixArtAlphaPipeline and "
             "PixArtSigmaPipeline can be used here, choose a PixArt-α or PixArt-Σ checkpoint."
         )
+    for name, given in index.items():  # optimum imports what stands here
+        library = given[0] if isinstance(given, list) and given else None
+        if name not in _MODELS and library not in (None, "diffusers", "transformers"):
+            raise ValueError(
+                f"{str(file)!r} takes its {name} from {given!r}: code from outside diffusers and "
+                "transformers is never run, name the checkpoint that this one was made from."
+            )
     return index
 
 
@@ -716,6 +916,55 @@ def _fetch_component(name: str, given: str | Path, *hub) -> Path:
     return folder
 
 
+def _fetch_lora(lora: str | Path, *hub) -> Path:
+    """The folder of a LoRA, or its subfolder as diffusers' training script for PixArt names it."""
+    folder = _fetch(lora, None, *hub, names=set(), kind="lora")
+    folder = next((f for f in (folder, folder / "transformer_lora") if _has_lora(f)), None)
+    if folder is None:
+        raise FileNotFoundError(
+            f"lora={str(lora)!r} holds no adapter_config.json: name a folder that peft has saved."
+        )
+    kind = _read_config(folder / "adapter_config.json").get("peft_type")
+    _check(kind == "LORA", "lora", str(lora), f"a LoRA, not of type {kind!r}")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"lora={str(lora)!r} holds no adapter_model.safetensors, and only safetensors are "
+            "read: save it again with safe_serialization=True."
+        )
+    return folder
+
+
+def _has_lora(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def _fuse_lora(transformer: PixArtTransformer, folder: Path, scale: float) -> PixArtTransformer:
+    """Add a LoRA's low-rank matrices to the weights that they belong to, so that they cost nothing.
+
+    peft tolerates matrices that fit nowhere, or are missing; here that is refused.
+    """
+    import peft  # not at the top: it takes a second, and most conversions do without
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        expected = set(tensors.keys())
+    try:
+        with _quiet():
+            adapted = peft.PeftModel.from_pretrained(transformer, folder)
+            found = set(peft.get_peft_model_state_dict(adapted))
+            for layer in adapted.modules():
+                if isinstance(layer, peft.tuners.lora.LoraLayer):
+                    layer.scale_layer(scale)
+            fused = adapted.merge_and_unload(safe_merge=True)
+    except (ValueError, RuntimeError, KeyError):
+        found = set()
+    if found != expected:
+        raise ValueError(
+            f"lora={str(folder)!r} does not fit the transformer: choose one that was trained for "
+            "this checkpoint."
+        )
+    return fused
+
+
 def _check_components_fit(folders: dict[str, Path]) -> None:
     """Say in one line if the transformer speaks another width than its neighbours."""
     transformer = _read_config(folders["transformer"] / "config.json")
@@ -734,12 +983,25 @@ def _check_components_fit(folders: dict[str, Path]) -> None:
 
 def _load_part(folder: Path, loader: type) -> torch.nn.Module:
     """Load one model in the precision it is stored in, so that its weights stay memory-mapped."""
+    _check_downloads(folder)
     variant, dtype = _stored_weights(folder)
     precision = {"torch_dtype" if hasattr(loader, "save_config") else "dtype": dtype}
     with _quiet(), _no_transformers_bars():
-        return loader.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, variant=variant, **precision
+        module, loaded = loader.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            variant=variant,
+            output_loading_info=True,
+            **precision,
         )
+    if loaded["missing_keys"]:
+        name = min(loaded["missing_keys"])
+        raise ValueError(
+            f"{str(folder)!r} lacks the weight {name!r}, its files are damaged or belong to "
+            "another model: download it again."
+        )
+    return module
 
 
 def _stored_weights(folder: Path) -> tuple[str | None, torch.dtype]:
@@ -771,6 +1033,31 @@ def _stored_dtype(file: Path) -> str:
     return dtypes.pop() if len(dtypes) == 1 else "F32"
 
 
+def _check_downloads(folder: Path) -> None:
+    """Hold weights against their checksums, where there are any: the hub's cache names by SHA-256.
+
+    Safetensors have none of their own: elsewhere, only what is cut short or misnamed is noticed.
+    """
+    for file in folder.glob("*.safetensors"):
+        checksum = file.resolve().name
+        if re.fullmatch("[0-9a-f]{64}", checksum) and _sha256(file) != checksum:
+            raise ValueError(f"{str(file)!r} is damaged, its checksum differs: download it again.")
+
+
+def _read_scheduler_name(folder: Path) -> str:
+    """The class of a folder's scheduler, one of diffusers' that PixArt's pipelines can drive."""
+    file = folder / "scheduler_config.json"
+    name = str(_read_config(file).get("_class_name"))
+    found = getattr(diffusers, name, None)
+    known = isinstance(found, type) and issubclass(found, SchedulerMixin)
+    if not known or not hasattr(found, "scale_model_input"):
+        raise ValueError(
+            f"{str(file)!r} names the scheduler {name!r}, which diffusers has not for PixArt: "
+            "name a folder with another one as scheduler=."
+        )
+    return name
+
+
 @contextlib.contextmanager
 def _no_transformers_bars() -> Iterator[None]:
     """One bar is enough: hide transformers' own while a model loads."""
@@ -787,8 +1074,8 @@ def _no_transformers_bars() -> Iterator[None]:
 
 def _save_tokenizer(source: Path, output: Path) -> None:
     """Read the tokenizer (a `spiece.model` is enough) and write it in today's format."""
-    with _quiet():
-        T5Tokenizer.from_pretrained(source, local_files_only=True).save_pretrained(output)
+    with _quiet(), _staged(output) as folder:
+        T5Tokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
 
 
 def _fingerprint(folder: Path) -> dict[str, list[int]]:
@@ -803,23 +1090,12 @@ def _is_converted(folder: Path, weight_format: str, source: dict) -> bool:
     A model converted on its own, by one of the three functions above, has no source on record and
     is taken as it is.
     """
-    try:
-        record = json.loads((folder / "conversion.json").read_text())
-        sizes = {name: (folder / name).stat().st_size for name in record["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    record = _read_record(folder / "conversion.json")
     return (
-        sizes == record["files"]
-        and record["weight_format"] == weight_format
+        record.get("weight_format") == weight_format
         and record["source"] in (None, source)
+        and _find_damage(folder, record, thorough=True) is None
     )
-
-
-def _write_json(content: dict, file: Path) -> None:
-    """Write all of it or nothing."""
-    partial = file.with_name(f".partial-{file.name}")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, file)
 
 
 def summarize_models(ov_dir: str | Path) -> pd.DataFrame:
@@ -894,29 +1170,41 @@ class GenerationDefaults:
     width: int
 
 
+@dataclass(frozen=True)
+class OneStepDefaults(GenerationDefaults):
+    """A checkpoint distilled by distribution matching (DMD) was taught at one timestep only.
+
+    Source: the model card of PixArt-Alpha-DMD-XL-2-512x512.
+    """
+
+    timesteps: tuple[int, ...] = (400,)
+
+
 def default_settings(model_dir: str | Path) -> GenerationDefaults:
     """Read a checkpoint's own defaults from its folder, OpenVINO or diffusers.
 
     LCM checkpoints draw in 4 steps and without guidance (PixArt: any scale ≤ 1 switches it off),
     the others in 20 steps with scale 4.5. α reads 120 tokens, Σ reads 300. Size in pixels.
+
+    DMD checkpoints draw in one step from the middle of the schedule, see `OneStepDefaults`. Nothing
+    in their folder says so. What tells them is the scheduler that their model card asks for, DDPM,
+    which no other α checkpoint comes with: `convert_pipeline(..., scheduler=)` puts it there.
     """
     folder = Path(model_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"model_dir={str(model_dir)!r} is no folder: check the path.")
     family = _family(_read_model_index(folder))
-    scheduler = _read_config(folder / "scheduler" / "scheduler_config.json")["_class_name"]
+    scheduler = _read_scheduler_name(folder / "scheduler")
     vae = "vae_decoder" if _is_openvino_folder(folder) else "vae"
     blocks = _read_config(folder / vae / "config.json").get("block_out_channels", [0] * 4)
     sample_size = _read_config(folder / "transformer" / "config.json").get("sample_size", 128)
     size = sample_size * 2 ** (len(blocks) - 1)
-    is_lcm = scheduler == "LCMScheduler"
-    return GenerationDefaults(
-        num_inference_steps=4 if is_lcm else 20,
-        guidance_scale=0.0 if is_lcm else 4.5,
-        max_sequence_length=_MAX_TOKENS[family],
-        height=size,
-        width=size,
-    )
+    shape = {"max_sequence_length": _MAX_TOKENS[family], "height": size, "width": size}
+    if scheduler == "LCMScheduler":
+        return GenerationDefaults(num_inference_steps=4, guidance_scale=0.0, **shape)
+    if scheduler == "DDPMScheduler" and family == "PixArtAlphaPipeline":
+        return OneStepDefaults(num_inference_steps=1, guidance_scale=1.0, **shape)
+    return GenerationDefaults(num_inference_steps=20, guidance_scale=4.5, **shape)
 
 
 _MAX_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
@@ -924,8 +1212,16 @@ _MAX_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 
 def _read_config(file: Path) -> dict:
     if not file.is_file():
-        raise FileNotFoundError(f"{str(file)!r} is missing: the folder is incomplete.")
-    return json.loads(file.read_text(encoding="utf-8"))
+        raise FileNotFoundError(
+            f"{str(file)!r} is missing: the folder is incomplete, download or convert it again."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # of bytes that are no text, too
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{str(file)!r} is damaged: download or convert it again.")
+    return config
 
 
 # ---- the transformer in diffusers' place --------------------------------------------------------
@@ -1009,6 +1305,8 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
                     "run convert_pipeline once more to finish the folder."
                 )
         _check_device(kwargs.get("device", "CPU"))
+        _check_intact(Path(kwargs["model_save_dir"]))
+        self._turn = threading.RLock()
         # Compile later (unless all is compiled already): the transformer is about to be replaced.
         super().__init__(*args, compile=compile and kwargs.get("compile_only", False), **kwargs)
         self.transformer = OVPixArtTransformer(self.transformer.model, self, "transformer")
@@ -1016,6 +1314,8 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
             # A dictionary for each: optimum shares one, and settings would leak between models.
             user = kwargs.get("ov_config") or {}
             part.ov_config = {**user} if self._compile_only else _compile_config(part.model, user)
+        # A prompt that is too long is spoken of in our own words: see `_warn_of_cut`.
+        self.tokenizer.deprecation_warnings[_TOO_LONG] = True
         if compile:
             self.compile()
 
@@ -1078,15 +1378,12 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         try:
             return OVDiffusionPipeline.load_model(file_name)
         except RuntimeError:
-            raise ValueError(
-                f"{str(file_name)!r} cannot be read, it or its .bin is damaged: "
-                "convert it again with convert_pipeline(..., force=True)."
-            ) from None
+            raise ValueError(_damaged(Path(file_name))) from None  # it, or its .bin
 
     @staticmethod
     def _compile_model(model, device=None, ov_config=None, model_save_dir=None):
         """Compile straight from disk (`compile_only=True`), stored options included."""
-        config = _compile_config(ov.Core().read_model(model), ov_config or {})
+        config = _compile_config(_OVPixArtPipeline.load_model(model), ov_config or {})
         return OVDiffusionPipeline._compile_model(model, device, config, model_save_dir)
 
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
@@ -1100,7 +1397,8 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
                 "choose another folder."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MODEL_INDEX).unlink(missing_ok=True)
+        for name in (MODEL_INDEX, *(f"{part}/{file}" for part in PARTS for file in _RECORDS)):
+            (folder / name).unlink(missing_ok=True)  # of what was here before
         self._save_pretrained(folder)
         self._save_config(folder)
         if push_to_hub:
@@ -1206,24 +1504,56 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         call = dict(signature.bind(self, *args, **kwargs).arguments)
         call = {**call.pop("kwargs", {}), **call}
         del call["self"]
+        if call.get("negative_prompt_embeds") is not None:
+            call.setdefault("negative_prompt", None)  # diffusers takes one of the two
         defaults = {name: p.default for name, p in signature.parameters.items()}
+        self._check_numbers({**defaults, **call})
         prompts = self._check_prompts({**defaults, **call})
         self._apply_static_shapes(call, prompts)
-        self._check_call({**defaults, **call})
-        return super().__call__(**call)
+        self._check_call({**defaults, **call}, prompts)
+        # One caller at a time: the scheduler, the progress bar and the compiled models keep state.
+        with self._turn, _unsaid(self.auto_model_class.__module__, "truncated"):
+            self._warn_of_cut({**defaults, **call})
+            return super().__call__(**call)
+
+    def _check_numbers(self, call: dict[str, Any]) -> None:
+        """Check what the other checks reckon with."""
+        for name in (
+            *("num_inference_steps", "num_images_per_prompt"),
+            *("max_sequence_length", "callback_steps"),
+        ):
+            _check(_is_count(call[name]), name, call[name], "a whole number from 1")
+        scale = call["guidance_scale"]
+        rule = "a number; up to 1 switches guidance off"
+        _check(_is_number(scale), "guidance_scale", scale, rule)
 
     def _check_prompts(self, call: dict[str, Any]) -> int:
-        """Check what is to be drawn and return the number of prompts."""
-        prompt, embeds, negative = call["prompt"], call["prompt_embeds"], call["negative_prompt"]
-        if prompt is None and embeds is not None:
-            return len(embeds)
-        _check(_is_text(prompt), "prompt", prompt, "a string or a list of at least one string")
-        prompts = 1 if isinstance(prompt, str) else len(prompt)
-        if isinstance(negative, list) and call["guidance_scale"] > 1:
-            fits = _is_text(negative) and len(negative) == prompts
-            _check(
-                fits, "negative_prompt", negative, f"a string or a list of {prompts}, as prompt is"
-            )
+        """Check what is to be drawn, text or embeddings, and return the number of prompts."""
+        prompt, embeds = call["prompt"], call["prompt_embeds"]
+        negative, negative_embeds = call["negative_prompt"], call["negative_prompt_embeds"]
+        if embeds is None:
+            _check(_is_text(prompt), "prompt", prompt, "a string or a list of at least one string")
+            prompts = 1 if isinstance(prompt, str) else len(prompt)
+        else:
+            _check(prompt is None, "prompt", prompt, "None where prompt_embeds is given")
+            config = self.transformer.config
+            width = config.caption_channels or config.cross_attention_dim
+            _check_shape("prompt_embeds", embeds, ("prompts", "tokens", width))
+            mask = call["prompt_attention_mask"]
+            _check_shape("prompt_attention_mask", mask, tuple(embeds.shape[:2]))
+            prompts = len(embeds)
+        if negative_embeds is not None:
+            rule = "None where prompt is text: encode both, or neither"
+            _check(embeds is not None, "negative_prompt_embeds", negative_embeds, rule)
+            rule = "None where negative_prompt_embeds is given"
+            _check(negative is None, "negative_prompt", negative, rule)
+            _check_shape("negative_prompt_embeds", negative_embeds, tuple(embeds.shape))
+            mask = call["negative_prompt_attention_mask"]
+            _check_shape("negative_prompt_attention_mask", mask, tuple(embeds.shape[:2]))
+        elif call["guidance_scale"] > 1:
+            fits = isinstance(negative, str) or (_is_text(negative) and len(negative) == prompts)
+            rule = f"a string or a list of {prompts}, as prompt is"
+            _check(fits, "negative_prompt", negative, rule)
         return prompts
 
     def _apply_static_shapes(self, call: dict[str, Any], prompts: int) -> None:
@@ -1246,14 +1576,19 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         if {"height", "width"} & static.keys():
             call["use_resolution_binning"] = False
 
-    def _check_call(self, call: dict[str, Any]) -> None:
+    def _check_call(self, call: dict[str, Any], prompts: int) -> None:
         """Say in one line what is wrong with a call, before anything is computed."""
-        for name in ("num_inference_steps", "num_images_per_prompt", "max_sequence_length"):
-            _check(_is_count(call[name]), name, call[name], "a whole number from 1")
-        scale = call["guidance_scale"]
-        is_number = isinstance(scale, int | float) and math.isfinite(scale)
-        _check(is_number, "guidance_scale", scale, "a number; up to 1 switches guidance off")
+        self._check_size(call)
+        self._check_schedule(call)
+        pictures = prompts * call["num_images_per_prompt"]
+        self._check_noise(call, pictures)
+        kinds = ("pil", "np", "pt", "latent")
+        _check(call["output_type"] in kinds, "output_type", call["output_type"], f"one of {kinds}")
+        callback = call["callback"]
+        _check(callback is None or callable(callback), "callback", callback, "a function, or None")
 
+    def _check_size(self, call: dict[str, Any]) -> None:
+        """Bins exist for some models only; without them, a picture is made of whole tokens."""
         sample_size = self.transformer.config.sample_size
         bins = (32, 64, 128) if self._family_tokens == 120 else (32, 64, 128, 256)
         binning = call["use_resolution_binning"]
@@ -1267,13 +1602,74 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
             elif size is not None:
                 _check(self._fits_grid(size), name, size, self._grid_rule())
 
-        schedule = call["timesteps"] if call["timesteps"] is not None else call["sigmas"]
-        steps = call["num_inference_steps"] if schedule is None else len(schedule)
+    def _check_schedule(self, call: dict[str, Any]) -> None:
+        """The steps must be such that the scheduler can take them."""
+        scheduler, steps = type(self.scheduler).__name__, call["num_inference_steps"]
+        given = {name: call[name] for name in ("timesteps", "sigmas") if call[name] is not None}
+        _check(len(given) < 2, "sigmas", call["sigmas"], "None where timesteps is given")
+        for name, values in given.items():
+            rule = "numbers in descending order, at least one"
+            listed = values.tolist() if hasattr(values, "tolist") else values
+            falling = isinstance(listed, list | tuple) and all(map(_is_number, listed)) and listed
+            falling = falling and all(a > b for a, b in itertools.pairwise(listed))
+            _check(bool(falling), name, values, rule)
+            takes = name in inspect.signature(self.scheduler.set_timesteps).parameters
+            _check(takes, name, values, f"None with {scheduler}, which makes its own")
+            steps = len(listed)
+        if not given:
+            config = self.scheduler.config
+            most = config.get("original_inference_steps") or config.get("num_train_timesteps", 1000)
+            rule = f"{most} or fewer with {scheduler}"
+            _check(steps <= most, "num_inference_steps", steps, rule)
         if steps == 1 and isinstance(self, PixArtAlphaPipeline) and self._needs_two_steps():
             # diffusers asks the scheduler for the clean picture then, and these have none to give
-            name = type(self.scheduler).__name__
-            rule = f"2 or more with {name} (one step takes an LCM or DDPM scheduler)"
-            _check(False, "num_inference_steps", steps, rule)
+            rule = f"2 or more with {scheduler} (one step takes an LCM or DDPM scheduler)"
+            _check(False, next(iter(given), "num_inference_steps"), given or steps, rule)
+
+    def _check_noise(self, call: dict[str, Any], pictures: int) -> None:
+        """Noise comes as latents, or from one generator, or from one for each picture."""
+        generator, latents = call["generator"], call["latents"]
+        several = isinstance(generator, list | tuple)
+        for one in generator if several else [generator]:
+            is_here = isinstance(one, torch.Generator) and torch.device(one.device).type == "cpu"
+            fits = (
+                is_here or isinstance(one, np.random.RandomState) or (one is None and not several)
+            )
+            rule = "a torch.Generator on the CPU, where noise is made, or a list of such"
+            _check(fits, "generator", one, rule)
+        if several:
+            rule = f"one generator, or a list of {pictures}, one a picture"
+            _check(len(generator) == pictures, "generator", generator, rule)
+        if latents is not None:
+            sides = ("height / 8", "width / 8")
+            if not call["use_resolution_binning"]:
+                native = self.transformer.config.sample_size * self.vae_scale_factor
+                sides = [(call[x] or native) // self.vae_scale_factor for x in ("height", "width")]
+            _check_shape(
+                "latents", latents, (pictures, self.transformer.config.in_channels, *sides)
+            )
+
+    def _warn_of_cut(self, call: dict[str, Any]) -> None:
+        """Quote what T5 will not read, one line a text.
+
+        diffusers says so of the prompt only, transformers speaks of another limit; both hold their
+        tongue. Python shows the same warning once.
+        """
+        limit = call["max_sequence_length"]
+        for name in ("prompt", "negative_prompt"):
+            if call[name] is None or (name == "negative_prompt" and call["guidance_scale"] <= 1):
+                continue
+            for text in self._text_preprocessing(call[name], clean_caption=call["clean_caption"]):
+                tokens = self.tokenizer(text).input_ids
+                if len(tokens) > limit:
+                    cut = self.tokenizer.decode(
+                        tokens[limit - 1 : -1]
+                    )  # the last one marks the end
+                    warnings.warn(
+                        f"{name} has {len(tokens)} tokens, more than max_sequence_length={limit}: "
+                        f"“{_shortened(cut, 300)}” is cut off.",
+                        stacklevel=3,
+                    )
 
     def _needs_two_steps(self) -> bool:
         """Whether the scheduler's step returns the next sample only, without the clean one."""
@@ -1304,6 +1700,24 @@ class OVPixArtSigmaPipeline(_OVPixArtPipeline, PixArtSigmaPipeline):
     auto_model_class = PixArtSigmaPipeline
 
 
+# How transformers files its notice about texts that are longer than it thinks T5 can read.
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
+
+
+@contextlib.contextmanager
+def _unsaid(logger: str, words: str) -> Iterator[None]:
+    """Hold back a notice that is given in other words."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return words not in record.getMessage()
+
+    logging.getLogger(logger).addFilter(other)
+    try:
+        yield
+    finally:
+        logging.getLogger(logger).removeFilter(other)
+
+
 # From here on optimum's own entrances know PixArt: OVDiffusionPipeline, OVPipelineForText2Image.
 for _key, _class in (
     ("pixart-alpha", OVPixArtAlphaPipeline),
@@ -1314,20 +1728,44 @@ for _key, _class in (
 
 
 def _check_openvino_folder(folder: Path) -> None:
-    """Every model that `model_index.json` names must be there in full."""
+    """Every component that `model_index.json` names must be there in full."""
+    _read_scheduler_name(folder / "scheduler")
+    _read_config(folder / "tokenizer" / "tokenizer_config.json")
     for name in PARTS:
         for file in (IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json"):
             if not (folder / name / file).is_file():
                 raise FileNotFoundError(
-                    f"{str(folder)!r} has no {name}/{file}: run convert_pipeline(model_id, "
-                    f"{str(folder)!r}) once more to finish it."
+                    f"{str(folder)!r} has no {name}/{file}: run {_how_to_finish(folder)} once "
+                    "more to finish it."
                 )
 
 
+def _check_intact(folder: Path) -> None:
+    """Every model's files must be what its record says, as far as that can be told quickly."""
+    for name, record in itertools.product(PARTS, _RECORDS):
+        damaged = _find_damage(folder / name, _read_record(folder / name / record), thorough=False)
+        if damaged:
+            raise ValueError(_damaged(folder / name / damaged))
+
+
+def _damaged(file: Path) -> str:
+    """What to say of a model's file, in `folder/model/`, that is not what was written."""
+    return (
+        f"{str(file)!r} is damaged: run {_how_to_finish(file.parents[1])} once more, as the first "
+        "time; it makes this model anew and keeps the others."
+    )
+
+
 def _check_device(device: str) -> None:
-    """The device, or the first of several as in "AUTO:GPU,CPU", must be one that OpenVINO has."""
+    """Every device must be one that OpenVINO has here, also in lists as in "HETERO:GPU,CPU"."""
     here = {name.split(".")[0] for name in ov.Core().available_devices}
-    known = re.split("[:.(]", str(device).upper())[0] in here | {"AUTO", "HETERO", "MULTI", "BATCH"}
+    several = {"AUTO", "HETERO", "MULTI", "BATCH"}
+    first, _, rest = str(device).upper().partition(":")
+    names = [first]
+    if first in several:  # "-GPU" leaves one out, "GPU.1" is the second, "GPU(4)" draws in fours
+        names = [name for name in rest.replace(" ", "").split(",") if name and name[0] != "-"]
+    names = [re.split("[.(]", name)[0] for name in names]
+    known = isinstance(device, str) and set(names) <= here
     _check(known, "device", device, f"one of {sorted(here)} on this machine, or AUTO")
 
 
@@ -1349,9 +1787,27 @@ def _length(dimension: ov.Dimension) -> int:
 def _check(holds: bool, name: str, value: Any, rule: str) -> None:
     """Raise one line that names the argument, its value and what it should be."""
     if not holds:
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
+        is_tensor = isinstance(value, torch.Tensor)
+        shown = f"(tensor of {tuple(value.shape)})" if is_tensor else _shortened(repr(value), 80)
         raise ValueError(f"{name}={shown} does not work: it has to be {rule}.")
+
+
+def _check_shape(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
+    """The same for a tensor; a word in `shape` stands for any number."""
+    fits = isinstance(value, torch.Tensor) and value.ndim == len(shape)
+    pairs = zip(shape, value.shape, strict=True) if fits else ()
+    fits = fits and all(isinstance(wanted, str) or wanted == size for wanted, size in pairs)
+    _check(fits, name, value, f"a tensor of ({', '.join(map(str, shape))})")
+
+
+def _shortened(text: str, length: int) -> str:
+    """On one line, and no longer than that."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:
@@ -1545,12 +2001,31 @@ def optimize_pipeline(
     data = _CalibrationData(source, output.parent / "calibration", prompts, num_samples, seed)
 
     records = {name: _optimization_record(source, name, recipes[name], data) for name in PARTS}
-    output.mkdir(parents=True, exist_ok=True)
-    if not all(_is_optimized(output / name, records[name]) for name in PARTS):
+    command = _call_text("optimize_pipeline", source, output, preset)
+    with _writing_to(output, command):
+        _optimize_all(source, output, recipes, records, data, progress)
+        for name in ("tokenizer", "scheduler"):
+            with _staged(output / name) as folder:
+                shutil.copytree(source / name, folder, dirs_exist_ok=True)
+        _write_json(_read_model_index(source), output / MODEL_INDEX)
+    return output
+
+
+def _optimize_all(
+    source: Path,
+    output: Path,
+    recipes: dict[str, Recipe],
+    records: dict[str, dict[str, Any]],
+    data: "_CalibrationData",
+    progress: bool,
+) -> None:
+    """Keep, copy or make each of the three models."""
+    finished = {name: _is_optimized(output / name, records[name]) for name in PARTS}
+    if not all(finished.values()):
         (output / MODEL_INDEX).unlink(missing_ok=True)
     with tqdm(total=len(PARTS), unit="model", disable=not progress) as bar:
         for name, record in records.items():
-            kept = _is_optimized(output / name, record)
+            kept = finished[name]
             twin = None if kept else _find_twin(output, name, record)
             verb = "Keeping" if kept else "Copying" if twin else "Optimising"
             bar.set_description(f"{verb} {name}")
@@ -1560,13 +2035,9 @@ def optimize_pipeline(
                         shutil.copytree(twin, folder, dirs_exist_ok=True)
                     else:
                         _optimize_part(source, name, recipes[name], data, folder, progress)
-                        _write_record(folder, record)
+                        _write_record(record, folder / _RECORD)
             bar.update()
         bar.set_description("Optimised")
-    for name in ("tokenizer", "scheduler"):
-        shutil.copytree(source / name, output / name, dirs_exist_ok=True)
-    _write_json(_read_model_index(source), output / MODEL_INDEX)
-    return output
 
 
 def _check_optimize(source: Path, output: Path, preset: str) -> dict[str, Recipe]:
@@ -1582,10 +2053,8 @@ def _check_optimize(source: Path, output: Path, preset: str) -> dict[str, Recipe
             f"ov_dir={str(source)!r} is not converted to OpenVINO yet: call convert_pipeline first."
         )
     _check_openvino_folder(source)
-    if output.is_file():
-        raise ValueError(f"output_dir={str(output)!r} is a file: name a folder.")
-    if output.resolve() == source.resolve():
-        raise ValueError(f"output_dir={str(output)!r} is the source folder: choose another.")
+    _check_intact(source)
+    _check_output(output, [source])
     for name in PARTS:
         if _is_quantized(_read_ir(source / name)):
             raise ValueError(
@@ -1641,7 +2110,7 @@ def _optimize_part(
         model = _apply_recipe(model, recipe, config, samples, bar.update)
     store_runtime_options(model, **dict(recipe.options))
     _number_anew(model)
-    ov.save_model(model, folder / IR_NAME)
+    _save_ir(model, folder, compress_to_fp16=True)
 
 
 def _progress_bar(description: str, total: int, unit: str, shown: bool) -> tqdm:
@@ -1734,7 +2203,7 @@ def _compress_to_4_bits(
 
 # ---- what has been done already -----------------------------------------------------------------
 
-_RECORD = "optimization.json"
+_RECORD = _RECORDS[1]
 
 
 def _optimization_record(
@@ -1756,19 +2225,11 @@ def _ir_print(folder: Path) -> dict[str, list[int]]:
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    files = {file.name: file.stat().st_size for file in folder.iterdir()}
-    (folder / _RECORD).write_text(json.dumps({**record, "files": files}, indent=1))
-
-
 def _is_optimized(folder: Path, record: dict[str, Any]) -> bool:
     """Whether `folder` holds a whole model that was made as `record` says."""
-    try:
-        found = json.loads((folder / _RECORD).read_text())
-        sizes = {name: (folder / name).stat().st_size for name in found["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-    return found == {**record, "files": sizes}
+    found = _read_record(folder / _RECORD)
+    made_so = found == {**record, "files": found.get("files")}
+    return made_so and _find_damage(folder, found, thorough=True) is None
 
 
 def _find_twin(output: Path, name: str, record: dict[str, Any]) -> Path | None:
@@ -1923,6 +2384,7 @@ class _CalibrationData:
                     width=width,
                     num_inference_steps=settings.num_inference_steps,
                     guidance_scale=settings.guidance_scale,
+                    timesteps=list(getattr(settings, "timesteps", ())) or None,
                     generator=torch.Generator().manual_seed(self.seed + i),
                     first=i,
                 )
@@ -1931,8 +2393,10 @@ class _CalibrationData:
         del pipeline
         gc.collect()  # it holds itself, and its models: they would crowd the calibration
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".partial-{file.name}"
+        _remove_leftovers(self.folder)
+        partial = self.folder / f".partial-{os.getpid()}-{file.name}"
         np.savez(partial, **arrays)
+        _flush(partial)
         os.replace(partial, file)
 
 
@@ -2026,6 +2490,8 @@ def compare_pipelines(
     steps = settings.num_inference_steps if num_inference_steps is None else num_inference_steps
     scale = settings.guidance_scale if guidance_scale is None else guidance_scale
     call = {"num_inference_steps": steps, "guidance_scale": scale}
+    if num_inference_steps is None and isinstance(settings, OneStepDefaults):
+        call["timesteps"] = list(settings.timesteps)
     turns: dict[str, list[_Turn]] = {label: [] for label in folders}
     with (
         contextlib.ExitStack() as stack,

@@ -253,6 +253,38 @@ def test_finished_models_are_kept_and_only_what_is_missing_is_made(copies):
     assert redone(source, folder, weight_format="fp16") == set(helper.PARTS)
 
 
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["openvino_model.bin", "openvino_model.xml", "config.json"])
+def test_a_flipped_bit_is_found_when_loading_and_mended_by_converting(file, copies):
+    source, folder = copies
+    flip_a_bit(folder / "transformer" / file)
+    for entrance in (helper.OVPixArtAlphaPipeline, helper.OVDiffusionPipeline):
+        if file.endswith(".xml") and entrance is helper.OVDiffusionPipeline:
+            continue  # optimum may read the graph, and stumble, before anything of ours runs
+        with pytest.raises(ValueError, match=r"transformer.*damaged.*convert_pipeline\(") as caught:
+            entrance.from_pretrained(folder, compile=False)
+        assert "\n" not in str(caught.value)
+    assert redone(source, folder) == {"transformer"}
+    helper.OVPixArtAlphaPipeline.from_pretrained(folder, compile=False)
+
+
+def test_large_weights_are_hashed_when_they_are_kept_not_when_they_are_loaded(copies, monkeypatch):
+    source, folder = copies
+    monkeypatch.setattr(helper, "_QUICK_TO_HASH", 100_000)
+    weights = folder / "transformer" / "openvino_model.bin"
+    flip_a_bit(weights)
+    helper.OVPixArtAlphaPipeline.from_pretrained(folder, compile=False)
+    assert redone(source, folder) == {"transformer"}
+    weights.write_bytes(weights.read_bytes()[:-1])  # sizes are compared at every load
+    with pytest.raises(ValueError, match=r"damaged.*convert"):
+        helper.OVPixArtAlphaPipeline.from_pretrained(folder, compile=False)
+
+
 def test_models_converted_one_by_one_are_used(checkpoint, tmp_path):
     reference = DiffusionPipeline.from_pretrained(checkpoint("alpha"))
     helper.convert_text_encoder(reference.text_encoder, tmp_path / "text_encoder")

@@ -295,6 +295,20 @@ def test_finished_models_are_kept_and_missing_ones_made(optimized, fp16, tmp_pat
     assert (folder / "model_index.json").is_file()
 
 
+def test_a_damaged_model_is_neither_kept_nor_copied(optimized, fp16, tmp_path, monkeypatch):
+    folder = shutil.copytree(optimized("int8-weights"), tmp_path / "int8-weights")
+    weights = folder / "transformer" / "openvino_model.bin"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(ValueError, match=r"transformer.*damaged.*optimize_pipeline\(") as caught:
+        OVPixArtAlphaPipeline.from_pretrained(folder, compile=False)
+    assert "\n" not in str(caught.value)
+    made = count_made(monkeypatch)
+    optimize_pipeline(fp16, tmp_path / "other", "int8-weights", progress=False)
+    assert made == ["transformer"]  # the two good ones were copied from the neighbour
+    optimize_pipeline(fp16, folder, "int8-weights", progress=False)
+    OVPixArtAlphaPipeline.from_pretrained(folder, compile=False)
+
+
 def test_presets_share_models_with_the_same_recipe(optimized, fp16, monkeypatch):
     optimized("int8"), optimized("int8-weights")
     made = count_made(monkeypatch)

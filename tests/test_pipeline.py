@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import numpy as np
@@ -292,6 +293,50 @@ def test_the_users_options_win_and_each_model_has_its_own(fresh_pipeline):
         helper.store_runtime_options(model, NUM_STREAMS="1")
 
 
+def test_several_threads_share_a_pipeline_and_each_gets_its_own_picture(ov_pipeline):
+    pipeline = ov_pipeline("alpha")
+    calls = [
+        {"seed": i, "num_inference_steps": 2 + i % 3, "guidance_scale": 1.0 + i} for i in range(8)
+    ]
+    alone = [draw(pipeline, **call) for call in calls]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        together = list(threads.map(lambda call: draw(pipeline, **call), calls))
+    for ours, expected in zip(together, alone, strict=True):
+        assert_same(ours, expected, 1e-6)
+
+
+def test_a_call_that_fails_lets_the_next_thread_in(ov_pipeline):
+    def stop(*step):
+        raise KeyboardInterrupt
+
+    with ThreadPoolExecutor(2) as threads:
+        stopped = threads.submit(draw, ov_pipeline("alpha"), callback=stop)
+        assert isinstance(stopped.exception(), KeyboardInterrupt)
+        assert threads.submit(draw, ov_pipeline("alpha")).result(timeout=120).std() > 0
+
+
+# ---- devices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "HETERO:CPU", "AUTO:-GPU"])
+def test_devices_in_lists_draw_the_same(device, fresh_pipeline, ov_pipeline):
+    assert_same(draw(fresh_pipeline("alpha", device=device)), draw(ov_pipeline("alpha")), 1e-6)
+
+
+def test_t5_carries_its_scale_for_16_bit_devices(converted, fresh_pipeline, tmp_path):
+    """GPUs read it, CPUs do not: here only that it is there, and survives saving, can be tested."""
+    path = ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"]
+    fresh_pipeline("alpha", compile=False).save_pretrained(tmp_path)
+    for folder in (converted("alpha"), tmp_path):
+        has = {
+            name: helper.ov.Core()
+            .read_model(folder / name / "openvino_model.xml")
+            .has_rt_info(path)
+            for name in helper.PARTS
+        }
+        assert has == {"text_encoder": True, "transformer": False, "vae_decoder": False}
+
+
 # ---- static shapes ------------------------------------------------------------------------------
 
 
@@ -419,7 +464,7 @@ def test_a_damaged_ir_is_named(converted, tmp_path):
     folder = tmp_path / "ov"
     shutil.copytree(converted("alpha"), folder)
     (folder / "transformer" / "openvino_model.bin").write_bytes(b"0" * 100)
-    with pytest.raises(ValueError, match=r"transformer.*damaged.*force=True") as caught:
+    with pytest.raises(ValueError, match=r"transformer.*damaged.*convert_pipeline\(") as caught:
         helper.OVPixArtAlphaPipeline.from_pretrained(folder)
     assert "\n" not in str(caught.value)
 
@@ -434,11 +479,23 @@ def test_a_damaged_ir_is_named(converted, tmp_path):
         ("sigma", (20, 4.5, 300, 256, 256)),
         ("alpha-ms", (20, 4.5, 120, 1024, 1024)),
         ("lcm", (4, 0.0, 120, 256, 256)),
+        ("alpha-512", (20, 4.5, 120, 512, 512)),
+        ("lcm-ms", (4, 0.0, 120, 1024, 1024)),
+        ("sigma-512", (20, 4.5, 300, 512, 512)),
+        ("sigma-1024", (20, 4.5, 300, 1024, 1024)),
+        ("sigma-2k", (20, 4.5, 300, 2048, 2048)),
     ],
 )
 def test_each_family_knows_its_defaults(family, expected, checkpoint, converted):
     for folder in (checkpoint(family), converted(family)):
         assert helper.default_settings(folder) == helper.GenerationDefaults(*expected)
+
+
+def test_a_dmd_checkpoint_draws_in_one_step_from_the_middle(checkpoint, converted):
+    for folder in (checkpoint("dmd"), converted("dmd")):
+        settings = helper.default_settings(folder)
+        assert settings == helper.OneStepDefaults(1, 1.0, 120, 512, 512)
+        assert settings.timesteps == (400,)
 
 
 def test_defaults_of_no_pixart_folder(tmp_path):

@@ -8,6 +8,7 @@ import sentencepiece
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     LCMScheduler,
     PixArtAlphaPipeline,
@@ -19,13 +20,21 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 TEXT_WIDTH = 32  # d_model of T5, caption_channels of the transformer
 
+# The published checkpoints' structure, few and narrow layers:
 # name → (pipeline class, sample_size, size conditions, scheduler)
 FAMILIES = {
     "alpha": (PixArtAlphaPipeline, 32, False, DPMSolverMultistepScheduler),
-    "sigma": (PixArtSigmaPipeline, 32, False, DPMSolverMultistepScheduler),
+    "alpha-512": (PixArtAlphaPipeline, 64, False, DPMSolverMultistepScheduler),
     "alpha-ms": (PixArtAlphaPipeline, 128, True, DPMSolverMultistepScheduler),
     "lcm": (PixArtAlphaPipeline, 32, False, LCMScheduler),
+    "lcm-ms": (PixArtAlphaPipeline, 128, True, LCMScheduler),
+    "dmd": (PixArtAlphaPipeline, 64, False, DDPMScheduler),
+    "sigma": (PixArtSigmaPipeline, 32, False, DPMSolverMultistepScheduler),
+    "sigma-512": (PixArtSigmaPipeline, 64, False, DPMSolverMultistepScheduler),
+    "sigma-1024": (PixArtSigmaPipeline, 128, False, DPMSolverMultistepScheduler),
+    "sigma-2k": (PixArtSigmaPipeline, 256, False, DPMSolverMultistepScheduler),
 }
+SCALING = {PixArtAlphaPipeline: 0.18215, PixArtSigmaPipeline: 0.13025}  # of the VAE's latents
 
 
 def build_checkpoint(folder: Path, family: str, seed: int = 0) -> Path:
@@ -37,7 +46,7 @@ def build_checkpoint(folder: Path, family: str, seed: int = 0) -> Path:
         tokenizer=T5Tokenizer.from_pretrained(spiece),
         text_encoder=build_text_encoder(),
         transformer=build_transformer(sample_size, conditions),
-        vae=build_vae(),
+        vae=build_vae(SCALING[pipeline_class]),
         scheduler=scheduler_class(beta_schedule="linear", beta_start=0.0001, beta_end=0.02),
     ).save_pretrained(folder)
     return folder
@@ -121,7 +130,7 @@ def build_transformer(sample_size: int, conditions: bool) -> PixArtTransformer2D
     return model
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
     model = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
@@ -130,6 +139,7 @@ def build_vae() -> AutoencoderKL:
         norm_num_groups=4,
         latent_channels=4,
         sample_size=64,
+        scaling_factor=scaling_factor,
     )
     return _spread(model, 0.15)
 
