@@ -226,24 +226,34 @@ class Bench:
             except WorkerError as error:
                 self._skip(case, engine, str(error))
         folders = {engine: self._folder(case, engine) for engine in able}
-        turns = 1 if case.kind == "convert" else self.scale.turns
         runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in able}
-        needs = sum(plan.memory_gb(case, engine, self.scale) for engine in able)
-        together = needs <= _FREE_SHARE * _free_gb() and case.kind != "convert"
-        # Whoever does not fit beside the others has the memory to itself; rounds alternate then.
-        rounds = [able] if together else [[engine] for engine in able] * min(2, turns)
-        each = turns if together else -(-turns // min(2, turns))
-        for group in rounds:
+        turns = 1 if case.kind == "convert" else self.scale.turns
+        groups = self._groups(case, able)
+        rounds = 1 if len(groups) == 1 else min(2, turns)
+        for group in groups * rounds:
             group = [one for one in group if one in runs and self._has_time(runs[one], turns)]
             with contextlib.ExitStack() as stack:
                 workers = {engine: stack.enter_context(worker()) for engine in group}
-                self._take_turns(case, workers, folders, runs, each)
+                self._take_turns(case, workers, folders, runs, -(-turns // rounds))
         for engine, measured in runs.items():
             if measured:
                 self._keep(case, engine, measured)
         self.bar.update(
             sum(round(plan.expected_measure_s(case, one, self.scale)) for one in engines)
         )
+
+    def _groups(self, case: Case, engines: list[str]) -> list[list[str]]:
+        """Engines that fit into memory side by side; one group takes its turns after the other."""
+        groups: list[list[str]] = []
+        limit, load = _FREE_SHARE * _free_gb(), 0.0
+        for engine in engines:
+            need = plan.memory_gb(case, engine, self.scale)
+            if not groups or load + need > limit or case.kind == "convert":
+                groups.append([])
+                load = 0.0
+            groups[-1].append(engine)
+            load += need
+        return groups
 
     def _take_turns(
         self,
