@@ -17,6 +17,7 @@ import platform
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -69,6 +70,7 @@ class Bench:
         self.root, self.output, self.scale, self.quiet = root, output, scale, quiet
         self.state_file = root / "results.json"
         self.state: dict[str, Any] = {}
+        self.failed: dict[tuple[str, str | None], str] = {}  # what could not be built, and why
         self.bar = tqdm(disable=True)
 
     # -- the whole run --
@@ -181,38 +183,46 @@ class Bench:
 
     def _prepare(self, case: Case, engines: list[str]) -> list[str]:
         """Build what the engines need; return those that have all of it."""
-        failed: dict[tuple[str, str | None], str] = {}
         ready = []
         for engine in engines:
-            reason = None
             for part in self._parts(case, engine):
-                if part not in failed and not self._is_there(*part):
-                    failed |= self._build(*part)
-                reason = reason or failed.get(part)
-            if reason:
-                self._skip(case, engine, reason)
+                if part not in self.failed and not self._is_there(*part):
+                    self._build(*part)
+                if part in self.failed:
+                    self._skip(case, engine, self.failed[part])
+                    break
             else:
                 ready.append(engine)
         return ready
 
-    def _build(self, checkpoint: str, engine: str | None) -> dict[tuple[str, str | None], str]:
-        """Build one part in a process of its own; return it with the reason if that failed."""
+    def _build(self, checkpoint: str, engine: str | None) -> None:
+        """Build one part in a process of its own; if that fails, it is not tried again."""
         doing = "Random weights for" if engine is None else f"IRs of {engine} for"
-        with self._step(
-            f"{doing} {checkpoint}", plan.expected_prepare_s(checkpoint, engine, self.scale)
-        ):
+        expected = plan.expected_prepare_s(checkpoint, engine, self.scale)
+        with self._step(f"{doing} {checkpoint}", expected):
             try:
                 _check_memory(models.preparation_gb(checkpoint, engine, self.scale))
+                start = time.perf_counter()
                 if engine is None:
                     shutil.rmtree(self.root / "openvino" / checkpoint, ignore_errors=True)
-                    call_in_process(models.build_checkpoint, self.root, checkpoint, self.scale)
+                    arguments = (models.build_checkpoint, self.root, checkpoint, self.scale)
                 else:
-                    arguments = (self.root, checkpoint, engine, self.scale)
-                    call_in_process(models.build_openvino, *arguments)
+                    arguments = (models.build_openvino, self.root, checkpoint, engine, self.scale)
+                peak = call_in_process(*arguments)
             except WorkerError as error:
                 what = "the random weights" if engine is None else f"the IRs of {engine}"
-                return {(checkpoint, engine): f"{what} of {checkpoint} could not be made: {error}"}
-        return {}
+                reason = f"{what} of {checkpoint} could not be made: {error}"
+                self.failed[checkpoint, engine] = reason
+                return
+            self.state["preparations"].append(
+                {
+                    "checkpoint": checkpoint,
+                    "made": engine or "random weights",
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "peak_rss_gb": round(peak, 3),
+                }
+            )
+            self._save_state()
 
     # -- measuring --
 
@@ -230,14 +240,17 @@ class Bench:
         turns = 1 if case.kind == "convert" else self.scale.turns
         groups = self._groups(case, able)
         rounds = 1 if len(groups) == 1 else min(2, turns)
-        for group in groups * rounds:
-            group = [one for one in group if one in runs and self._has_time(runs[one], turns)]
+        for i, group in enumerate(groups * rounds):
+            is_last = i >= len(groups) * (rounds - 1)
+            group = [engine for engine in group if engine in runs]
             with contextlib.ExitStack() as stack:
                 workers = {engine: stack.enter_context(worker()) for engine in group}
                 self._take_turns(case, workers, folders, runs, -(-turns // rounds))
-        for engine, measured in runs.items():
-            if measured:
-                self._keep(case, engine, measured)
+            for engine in group:
+                if is_last or not self._has_time(runs[engine], turns):
+                    measured = runs.pop(engine)
+                    if measured:
+                        self._keep(case, engine, measured)
         self.bar.update(
             sum(round(plan.expected_measure_s(case, one, self.scale)) for one in engines)
         )
@@ -272,7 +285,6 @@ class Bench:
             except WorkerError as error:
                 self._skip(case, engine, str(error))
                 del workers[engine]
-                runs.pop(engine)
 
         for engine in list(workers):
             attempt(engine, "loading", Runner, case, engine, folders[engine], self.scale)
@@ -342,7 +354,7 @@ class Bench:
             if all(state.get(key) == value for key, value in head.items()):
                 return state
             os.replace(self.state_file, self.state_file.with_suffix(".old.json"))
-        return {**head, "results": [], "skipped": []}
+        return {**head, "results": [], "skipped": [], "preparations": []}
 
     def _save_state(self) -> None:
         helper._write_json(self.state, self.state_file)
@@ -359,6 +371,7 @@ class Bench:
             "results": results,
             "ratios": report.ratios(results),
             "skipped": self.state["skipped"],
+            "preparations": self.state["preparations"],
         }
         if "profile" in self.state:
             content["profile"] = self.state["profile"]
@@ -393,6 +406,12 @@ def describe(content: dict[str, Any]) -> list[str]:
         lines.append("\nQUICK: a part of the models only, so that no target is judged.")
     elif targets := report.Report(content).targets():
         lines += ["", *targets]
+    if content["preparations"]:
+        lines.append("\nBuilt for it, each in a process of its own:")
+    for one in content["preparations"]:
+        lines.append(
+            f"{one['checkpoint']:26}{one['made']:16}{one['seconds']:10.1f}{one['peak_rss_gb']:9.2f}"
+        )
     for one in content["skipped"]:
         lines.append(f"left out: {one['case']}, {one['engine']}: {one['reason']}")
     if profile := content.get("profile"):

@@ -58,8 +58,11 @@ def has_checkpoint(root: Path, name: str, scale: Scale) -> bool:
     return made == scale.configs(name)
 
 
-def build_checkpoint(root: Path, name: str, scale: Scale) -> None:
-    """Write a diffusers folder as it is published: class names, file names, an unused weight."""
+def build_checkpoint(root: Path, name: str, scale: Scale) -> float:
+    """Write a diffusers folder as it is published: class names, file names, an unused weight.
+
+    Returns the most memory that the process has held, in 10⁹ bytes.
+    """
     folder = checkpoint_folder(root, name)
     shutil.rmtree(folder, ignore_errors=True)
     partial = folder.with_name(f".partial-{name}")
@@ -89,6 +92,7 @@ def build_checkpoint(root: Path, name: str, scale: Scale) -> None:
     )
     _write_json(partial / _COMPLETE, configs)
     os.replace(partial, folder)
+    return helper._peak_memory_mb() / 1000
 
 
 _CLASS_OF = {
@@ -188,26 +192,23 @@ def openvino_folder(root: Path, name: str, engine: str) -> Path:
     return root / "openvino" / name / engine
 
 
-def build_openvino(root: Path, name: str, engine: str, scale: Scale) -> None:
+def build_openvino(root: Path, name: str, engine: str, scale: Scale) -> float:
     """Convert a checkpoint to FP16 (`ov-fp16`), or apply the preset that an engine is called after.
 
-    What is there already is kept, by the two functions themselves.
+    What is there already is kept, by the two functions themselves. Returns the most memory that
+    the process has held, in 10⁹ bytes.
     """
     source = openvino_folder(root, name, "ov-fp16")
     if engine == "ov-fp16":
         scheduler = root / "few-steps"  # calibration draws a picture: 4 steps without guidance
         write_scheduler(scheduler, "LCMScheduler")
         helper.convert_pipeline(checkpoint_folder(root, name), source, scheduler=scheduler)
-        return
-    preset = engine.removeprefix("ov-")
-    samples = scale.num_samples if helper.PRESETS[preset].needs_data else None
-    helper.optimize_pipeline(
-        source,
-        openvino_folder(root, name, engine),
-        preset,
-        num_samples=samples,
-        progress=False,
-    )
+    else:
+        preset = engine.removeprefix("ov-")
+        samples = scale.num_samples if helper.PRESETS[preset].needs_data else None
+        output = openvino_folder(root, name, engine)
+        helper.optimize_pipeline(source, output, preset, num_samples=samples, progress=False)
+    return helper._peak_memory_mb() / 1000
 
 
 def has_openvino(root: Path, name: str, engine: str) -> bool:
