@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
 _COLOURS = {"torch": "#E69F00", "ov": "#0072B2", "seed": "#999999"}
-_MAKERS = {"torch": "PyTorch", "ov": "OpenVINO", "seed": "published recipe"}
 _TITLES = {
     "dit_step_512": "One DiT step, 512²",
     "dit_step_1024": "One DiT step, 1024²",
