@@ -99,7 +99,7 @@ def test_results_of_another_machine_are_put_aside(measured, monkeypatch):
 
 
 def test_weights_beyond_the_limit_of_a_shard_take_several(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(checkpoints, "SHARD_BYTES", 8_000)
     config = {**plan.T5_V1_1_XXL, **MINIATURE.t5}
     shapes = checkpoints.shapes_of("text_encoder", config)
     checkpoints._write_weights(tmp_path / "t5", "model", shapes, config, 0)
@@ -111,7 +111,7 @@ def test_weights_beyond_the_limit_of_a_shard_take_several(tmp_path, monkeypatch)
     encoder = helper._load_part(tmp_path / "t5", helper.T5EncoderModel)
     assert torch.equal(encoder.encoder.embed_tokens.weight, encoder.shared.weight)
     embedding = encoder.shared.weight.float()
-    assert embedding.std() == pytest.approx(32**-0.5, rel=0.05)
+    assert embedding.std().item() == pytest.approx(32**-0.5, rel=0.05)
 
 
 def test_published_sizes_are_met():
