@@ -10,7 +10,7 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # A kernel that talks through local sockets needs no open port and has nothing to warn about.
 NBCONVERT := $(BIN)/jupyter nbconvert --log-level=WARN --KernelManager.transport=ipc
 
-.PHONY: run test lab demo lint clean
+.PHONY: run test lab demo bench lint clean
 
 run: $(STAMP)
 	@echo "Running pixart.ipynb, which takes a few minutes …"
@@ -34,6 +34,10 @@ lab: $(STAMP)
 
 demo: $(STAMP)
 	@$(BIN)/python gradio_helper.py
+
+# BENCH_CASES=… BENCH_ENGINES=… pick, QUICK=1 ends within five minutes, FRESH=1 starts anew.
+bench: $(STAMP)
+	@$(BIN)/python -m tests.benchmarks.bench
 
 lint: $(STAMP)
 	@$(BIN)/ruff format .

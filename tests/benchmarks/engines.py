@@ -1,0 +1,338 @@
+"""What runs inside a worker process: one engine with one model, and a stopwatch."""
+
+import functools
+import gc
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, LCMScheduler, PixArtAlphaPipeline
+from diffusers.schedulers import DPMSolverMultistepScheduler
+from transformers import T5EncoderModel
+
+import ov_pixart_helper as helper
+from tests.benchmarks.cases import (
+    SEED_RECIPE,
+    T5_XXL,
+    TEXT_TOKENS,
+    TORCH,
+    WEIGHT_FORMATS,
+    WORDS,
+    Case,
+    Scale,
+)
+from tests.benchmarks.checkpoints import load_tokenizer
+
+
+class Runner:
+    """One engine, ready for one case. Lives in a process of its own."""
+
+    def __init__(self, case: Case, engine: str, folder: Path, scale: Scale):
+        """`folder`: a checkpoint for torch and for conversion, an OpenVINO folder otherwise."""
+        torch.manual_seed(0)
+        if case.kind == "convert":
+            self.measured: Any = Conversion(case, engine, folder, scale)
+        elif case.kind == "image":
+            painter = TorchPainter if engine in TORCH else OpenVINOPainter
+            self.measured = painter(case, engine, folder, scale)
+        else:
+            load = _load_torch if engine in TORCH else _load_openvino
+            self.measured = OneModel(load(case, engine, folder), case, engine, scale)
+
+    def warm_up(self) -> None:
+        """Run once without the stopwatch. What comes out has to be finite."""
+        self.measured.warm_up()
+
+    def run(self, turn: int) -> dict[str, float]:
+        """Run once: seconds, and the most memory that the process has held so far."""
+        seconds = self.measured.run(turn)
+        return {"seconds": seconds, "peak_rss_gb": helper._peak_memory_mb() / 1000}
+
+
+def _clock(function: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    with torch.inference_mode():
+        result = function()
+    return time.perf_counter() - start, result
+
+
+def _check_finite(result: torch.Tensor) -> None:
+    if not torch.isfinite(torch.as_tensor(result).float()).all():
+        raise ArithmeticError("the result is not finite")
+
+
+# ==================================================================================================
+# One model at a time
+# ==================================================================================================
+
+
+class OneModel:
+    """The DiT, the VAE decoder or T5 alone: `call(**inputs)` is what is timed."""
+
+    def __init__(self, call: Callable[..., Any], case: Case, engine: str, scale: Scale):
+        self.call, self.case, self.scale = call, case, scale
+        self.dtype = _precision(engine)
+        self.is_compiled = "compile" in engine
+        self.width = scale.configs(T5_XXL)["text_encoder"]["d_model"]
+
+    def warm_up(self) -> None:
+        inputs = self.inputs(99)  # outside of inference mode, as in `run`, or torch compiles again
+        for _ in range(2 if self.is_compiled else 1):  # the first call of those compiles
+            _, result = _clock(lambda: self.call(**inputs))
+        _check_finite(result[0])
+
+    def run(self, turn: int) -> float:
+        inputs = self.inputs(turn)
+        return _clock(lambda: self.call(**inputs))[0]
+
+    def inputs(self, turn: int) -> dict[str, Any]:
+        """Other numbers each time, so that nothing can be remembered."""
+        generator = torch.Generator().manual_seed(turn)
+        mask = (torch.arange(TEXT_TOKENS) < WORDS).long()[None]
+        if self.case.kind == "t5":
+            tokens = torch.randint(3, 300, (1, TEXT_TOKENS), generator=generator)
+            return {"input_ids": tokens, "attention_mask": mask}
+        rows = self.scale.pixels(self.case) // 8
+        latents = torch.randn(1, 4, rows, rows, generator=generator).to(self.dtype)
+        if self.case.kind == "vae":
+            return {"latents": latents}
+        size_conditions = {"resolution": None, "aspect_ratio": None}
+        if self.case.pixels == 1024:
+            size = float(self.case.pixels)
+            size_conditions["resolution"] = torch.tensor([[size, size]], dtype=self.dtype)
+            size_conditions["aspect_ratio"] = torch.tensor([[1.0]], dtype=self.dtype)
+        text = torch.randn(1, TEXT_TOKENS, self.width, generator=generator)
+        return {
+            "hidden_states": latents,
+            "encoder_hidden_states": text.to(self.dtype),
+            "timestep": torch.tensor([999 - 100 * (turn % 5)]),
+            "added_cond_kwargs": size_conditions,
+            "encoder_attention_mask": mask,
+        }
+
+
+def _precision(engine: str) -> torch.dtype:
+    """What torch computes in; OpenVINO's models take float32."""
+    return torch.bfloat16 if "bf16" in engine else torch.float32
+
+
+_LOADERS = {
+    "dit": ("transformer", helper.PixArtTransformer),
+    "vae": ("vae", AutoencoderKL),
+    "t5": ("text_encoder", T5EncoderModel),
+}
+
+
+def _load_module(kind: str, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    name, loader = _LOADERS[kind]
+    precision = {"dtype" if kind == "t5" else "torch_dtype": dtype}
+    options = {"use_safetensors": True, "local_files_only": True, **precision}
+    return loader.from_pretrained(folder / name, **options).eval()
+
+
+def _load_torch(case: Case, engine: str, folder: Path) -> Callable[..., Any]:
+    module = _load_module(case.kind, folder, _precision(engine))
+    if case.kind == "vae":
+        decode = module.decode
+        if "compile" in engine:
+            decode = torch.compile(decode)
+        return lambda latents: decode(latents, return_dict=False)
+    if "compile" in engine:
+        module = torch.compile(module)
+    if case.kind == "t5":
+        return lambda **inputs: (module(**inputs).last_hidden_state,)
+    return lambda **inputs: module(**inputs, return_dict=False)
+
+
+def load_openvino(folder: Path) -> helper.OVPixArtAlphaPipeline:
+    """The pipeline as everyone gets it; models compile when they are called first."""
+    pipeline = helper.OVPixArtAlphaPipeline.from_pretrained(folder, compile=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _load_openvino(case: Case, engine: str, folder: Path) -> Callable[..., Any]:
+    pipeline = load_openvino(folder)
+    if case.kind == "vae":
+        return lambda latents: pipeline.vae.decode(latents, return_dict=False)
+    if case.kind == "t5":
+        return lambda input_ids, attention_mask: pipeline.text_encoder(
+            input_ids, attention_mask=attention_mask, return_dict=False
+        )
+    return lambda **inputs: pipeline.transformer(**inputs, return_dict=False)
+
+
+# ==================================================================================================
+# Whole pictures
+# ==================================================================================================
+
+
+class _Painter:
+    """What both have in common: what is painted. No prompt comes twice."""
+
+    def __init__(self, case: Case, engine: str, folder: Path, scale: Scale):
+        self.case, self.engine, self.folder = case, engine, folder
+        self.prompts = helper.load_calibration_prompts(
+            helper.CAPTIONS / "natural-calibration.csv", num=100
+        )
+        self.size = scale.pixels(case)
+
+    def warm_up(self) -> None:
+        _check_finite(self.paint(99, min(2, self.case.steps))[1])
+
+    def run(self, turn: int) -> float:
+        return self.paint(turn, self.case.steps)[0]
+
+    def call(self, turn: int, steps: int) -> dict[str, Any]:
+        return {
+            "num_inference_steps": steps,
+            "guidance_scale": self.case.guidance,
+            "height": self.size,
+            "width": self.size,
+            "use_resolution_binning": False,
+            "generator": torch.Generator().manual_seed(turn),
+            "output_type": "pt",
+        }
+
+    def paint(self, turn: int, steps: int) -> tuple[float, Any]:
+        raise NotImplementedError
+
+
+class OpenVINOPainter(_Painter):
+    """The pipeline with all three models in memory."""
+
+    def __init__(self, case: Case, engine: str, folder: Path, scale: Scale):
+        super().__init__(case, engine, folder, scale)
+        self.pipeline = load_openvino(folder)
+
+    def paint(self, turn: int, steps: int) -> tuple[float, Any]:
+        call = self.call(turn, steps)
+        return _clock(lambda: self.pipeline(self.prompts[turn], **call).images)
+
+
+class TorchPainter(_Painter):
+    """diffusers' pipeline, its T5 freed before DiT and VAE start: with it they would not fit.
+
+    Loading is not timed. T5 is loaded anew for each picture, and warmed up before the stopwatch
+    starts; DiT and VAE stay if they are small, in 16 bits.
+    """
+
+    def __init__(self, case: Case, engine: str, folder: Path, scale: Scale):
+        super().__init__(case, engine, folder, scale)
+        self.dtype, self.kept = _precision(engine), None
+
+    def paint(self, turn: int, steps: int) -> tuple[float, Any]:
+        text_seconds, text = self._encode(turn)
+        pipeline = self.kept or self._load()
+        if self.dtype != torch.float32:
+            self.kept = pipeline
+        call = {**self.call(turn, steps), **text, "prompt": None, "negative_prompt": None}
+        seconds, images = _clock(lambda: pipeline(**call).images)
+        return text_seconds + seconds, images
+
+    def _encode(self, turn: int) -> tuple[float, dict[str, torch.Tensor]]:
+        encoder = self._pipeline(text_encoder=_load_module("t5", self.folder, self.dtype))
+        encode = functools.partial(
+            encoder.encode_prompt,
+            do_classifier_free_guidance=self.case.guidance > 1,
+            max_sequence_length=TEXT_TOKENS,
+        )
+        _clock(lambda: encode("warm up"))
+        seconds, tensors = _clock(lambda: encode(self.prompts[turn]))
+        encoder.text_encoder = None
+        gc.collect()
+        names = ("prompt_embeds", "prompt_attention_mask")
+        names += tuple(f"negative_{name}" for name in names)
+        return seconds, dict(zip(names, tensors, strict=True))
+
+    def _load(self) -> PixArtAlphaPipeline:
+        transformer = _load_module("dit", self.folder, self.dtype)
+        vae = _load_module("vae", self.folder, self.dtype)
+        if "compile" in self.engine:
+            transformer.compile()
+            vae.decoder.compile()
+        return self._pipeline(transformer=transformer, vae=vae)
+
+    def _pipeline(self, **models: torch.nn.Module) -> PixArtAlphaPipeline:
+        few_steps = self.case.guidance <= 1
+        scheduler = LCMScheduler if few_steps else DPMSolverMultistepScheduler
+        parts = {"text_encoder": None, "transformer": None, "vae": None, **models}
+        pipeline = PixArtAlphaPipeline(
+            tokenizer=load_tokenizer(self.folder),
+            scheduler=scheduler.from_pretrained(self.folder / "scheduler"),
+            **parts,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+
+# ==================================================================================================
+# Conversion
+# ==================================================================================================
+
+
+class Conversion:
+    """From the checkpoint's files to the IR's, imports and reading from a slow disk left out."""
+
+    def __init__(self, case: Case, engine: str, folder: Path, scale: Scale):
+        self.case, self.engine, self.folder, self.scale = case, engine, folder, scale
+        self.kind = "t5" if case.checkpoint == T5_XXL else "dit"
+
+    def warm_up(self) -> None:
+        for file in (self.folder / _LOADERS[self.kind][0]).glob("*.safetensors"):
+            with open(file, "rb", buffering=0) as stream:
+                while stream.read(1 << 24):
+                    pass
+
+    def run(self, turn: int) -> float:
+        output = Path(tempfile.mkdtemp(prefix=".conversion-", dir=self.folder.parent))
+        try:
+            convert = self.as_the_seed if self.engine == SEED_RECIPE else self.as_we_do
+            start = time.perf_counter()
+            with torch.no_grad():
+                convert(output)
+            return time.perf_counter() - start
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
+
+    def as_we_do(self, output: Path) -> None:
+        """The functions of the tutorial, on weights in the precision that they are stored in."""
+        module = _load_module(self.kind, self.folder, torch.bfloat16)
+        convert = helper.convert_text_encoder if self.kind == "t5" else helper.convert_transformer
+        convert(module, output, weight_format=WEIGHT_FORMATS[self.engine])
+
+    def as_the_seed(self, output: Path) -> None:
+        """float32 weights and a plain `ov.convert_model` at the model's own size."""
+        module = _load_module(self.kind, self.folder, torch.float32)
+        if self.kind == "t5":
+            # Without optimum's patch of the masks, T5 of transformers 5 cannot be traced at all.
+            tokens = torch.ones((1, TEXT_TOKENS), dtype=torch.int64)
+            with helper._T5ExportConfig(module.config).patch_model_for_export(module):
+                model = helper.ov.convert_model(
+                    helper._TextEncoderForTracing(module),
+                    example_input={"input_ids": tokens, "attention_mask": tokens},
+                )
+        else:
+            model = helper.ov.convert_model(
+                helper._TransformerForTracing(module), example_input=self._example(module.config)
+            )
+        helper.ov.save_model(model, output / helper.IR_NAME)
+
+    @staticmethod
+    def _example(config: Any) -> dict[str, torch.Tensor]:
+        size = config.sample_size
+        pixels = 8.0 * size
+        example = {
+            "hidden_states": torch.randn(2, 4, size, size),
+            "timestep": torch.tensor([999, 999]),
+            "encoder_hidden_states": torch.randn(2, TEXT_TOKENS, config.caption_channels),
+            "encoder_attention_mask": torch.ones((2, TEXT_TOKENS)),
+        }
+        if size == 128:
+            example["resolution"] = torch.tensor([[pixels, pixels]] * 2)
+            example["aspect_ratio"] = torch.tensor([[1.0]] * 2)
+        return example
