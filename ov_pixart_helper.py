@@ -11,6 +11,7 @@ Import this module before `openvino` or `nncf`: it switches their usage telemetr
 """
 
 import contextlib
+import ctypes
 import errno
 import functools
 import gc
@@ -33,6 +34,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -117,12 +119,19 @@ with _quiet():
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
     from optimum.exporters.openvino.model_configs import T5EncoderOpenVINOConfig
     from optimum.intel.openvino import modeling_diffusion as ov_diffusion
-    from optimum.intel.openvino.modeling_diffusion import OVDiffusionPipeline, OVPipelinePart
+    from optimum.intel.openvino.modeling_diffusion import (
+        OVDiffusionPipeline,
+        OVModelTextEncoder,
+        OVModelVae,
+        OVModelVaeDecoder,
+        OVPipelinePart,
+    )
     from PIL import Image
     from safetensors import SafetensorError, safe_open
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
     from tqdm.auto import tqdm
     from transformers import T5EncoderModel, T5Tokenizer
+    from transformers.utils import ModelOutput
 
     nncf.set_log_level(logging.ERROR)
 
@@ -1224,6 +1233,117 @@ def _read_config(file: Path) -> dict:
     return config
 
 
+# ---- the text encoder in transformers' place ----------------------------------------------------
+
+
+class OVPixArtTextEncoder(OVModelTextEncoder):
+    """The compiled T5, which remembers what it has read and can leave memory between prompts."""
+
+    REMEMBERED = 16  # prompts; T5-XXL's answer to one takes 2 MB (α) or 5 MB (Σ)
+
+    def __init__(self, model: ov.Model, parent_pipeline: OVDiffusionPipeline, model_name: str):
+        self._answers: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._shapes: dict[str, ov.PartialShape] | None = None
+        super().__init__(model, parent_pipeline, model_name)
+
+    @property
+    def model(self) -> ov.Model | ov.CompiledModel:
+        """The model, read again from its folder, in the shapes it had, if it was released."""
+        if self._model is None:
+            file = self.model_save_dir / IR_NAME
+            if self.parent_pipeline._compile_only:
+                self._model = self.request = self.parent_pipeline._compile_model(
+                    file, self._device, self.ov_config
+                )
+            else:
+                self._model = self.parent_pipeline.load_model(file)
+                self._model.reshape(self._shapes)
+        return self._model
+
+    @model.setter
+    def model(self, model: ov.Model | ov.CompiledModel) -> None:
+        self._model = model
+
+    @property
+    def input_shape(self) -> ov.PartialShape:
+        """`(B, L)` of `input_ids`; known without the model."""
+        if self._model is None:
+            return self._shapes["input_ids"]
+        return self._model.input("input_ids").get_partial_shape()
+
+    def release(self) -> None:
+        """Let go of the model and its weights; a prompt that is new brings them back."""
+        file = self.model_save_dir / IR_NAME
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"{str(file)!r} is gone, and the text encoder could not be read again: "
+                "keep the folder, or do not release the text encoder."
+            )
+        if self._model is not None:
+            inputs = self._model.inputs
+            self._shapes = {port.get_any_name(): port.get_partial_shape() for port in inputs}
+            self._model = self.request = None
+            _release_memory()
+
+    def compile(self) -> None:
+        _ = self.model  # with `compile_only` that is all
+        super().compile()
+
+    def clear_requests(self) -> None:
+        """Forget what another device, or another shape, has computed."""
+        self.forget()
+        super().clear_requests()
+
+    def forget(self) -> None:
+        """Read every prompt anew."""
+        self._answers.clear()
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> ModelOutput:
+        """Read tokens, `(B, L)`, and return `last_hidden_state`, `(B, L, D)` float32.
+
+        Every text is read once, and by itself, so that what T5 says about it does not depend on
+        its neighbours, nor on what was read before.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        texts = torch.stack([input_ids, attention_mask], dim=1).to(torch.int64).numpy()  # (B, 2, L)
+        keys = [text.tobytes() for text in texts]
+        answers = {key: self._answers[key] for key in keys if key in self._answers}
+        new = {key: text for key, text in zip(keys, texts, strict=True) if key not in answers}
+        if new:
+            answers |= zip(new, self._read(np.stack(list(new.values()))), strict=True)
+        for key in answers:
+            self._answers[key] = answers[key]
+            self._answers.move_to_end(key)
+        while len(self._answers) > self.REMEMBERED:
+            self._answers.popitem(last=False)
+        stacked = np.stack([answers[key] for key in keys])
+        return ModelOutput(last_hidden_state=torch.from_numpy(stacked))
+
+    def _read(self, texts: np.ndarray) -> list[np.ndarray]:
+        """Run the model on `(N, 2, L)` ids and masks; a static batch is filled up with the last."""
+        self.compile()
+        batch = self.input_shape[0]
+        size = 1 if batch.is_dynamic else batch.get_length()
+        answers = []
+        for i in range(0, len(texts), size):
+            part = texts[i : i + size]
+            filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
+            inputs = {"input_ids": filled[:, 0], "attention_mask": filled[:, 1]}
+            answers += [answer.copy() for answer in self.request(inputs)[0][: len(part)]]
+        return answers
+
+
+def _release_memory() -> None:
+    """Give the system back what a model has left: garbage, and heap that is free."""
+    gc.collect()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # musl has no such function
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 # ---- the transformer in diffusers' place --------------------------------------------------------
 
 
@@ -1284,6 +1404,61 @@ class OVPixArtTransformer(OVPipelinePart):
         return results[0] if len(results) == 1 else np.concatenate(results)
 
 
+# ---- the VAE in diffusers' place ----------------------------------------------------------------
+
+
+class OVPixArtVae(OVModelVae):
+    """The compiled VAE decoder, with the tiling and slicing of diffusers' AutoencoderKL.
+
+    `enable_slicing()` decodes pictures of a batch one by one, and changes nothing else.
+    `enable_tiling()` decodes what is larger than `tile_latent_min_size` in tiles that overlap and
+    are blended: memory stays that of one tile, and colours may differ a little between tiles.
+    """
+
+    enable_tiling, disable_tiling = AutoencoderKL.enable_tiling, AutoencoderKL.disable_tiling
+    enable_slicing, disable_slicing = AutoencoderKL.enable_slicing, AutoencoderKL.disable_slicing
+
+    def __init__(self, decoder: OVModelVaeDecoder, encoder: Any = None):
+        super().__init__(decoder=decoder, encoder=encoder)
+        self.use_tiling = self.use_slicing = False
+        size = decoder.config.get("sample_size", 512)
+        self.tile_sample_min_size = size[0] if isinstance(size, list | tuple) else size
+        scale = 2 ** (len(decoder.config["block_out_channels"]) - 1)
+        self.tile_latent_min_size = self.tile_sample_min_size // scale
+        self.tile_overlap_factor = 0.25
+
+    def decode(self, latent_sample: torch.Tensor, *args, **kwargs) -> ModelOutput:
+        """Turn latents, `(B, 4, h, w)`, into `sample`, `(B, 3, 8·h, 8·w)` from -1 to 1."""
+        tiles = self.use_tiling and max(latent_sample.shape[2:]) > self.tile_latent_min_size
+        slices = self.use_slicing and len(latent_sample) > 1
+        if not (tiles or slices):
+            return self.decoder(latent_sample, *args, **kwargs)
+        if self.decoder.model.input("latent_sample").get_partial_shape().is_static:
+            raise ValueError(
+                "Tiling and slicing do not work with static shapes: reshape(-1, -1, -1) frees "
+                "them, vae.disable_tiling() and vae.disable_slicing() do without."
+            )
+        decode = self._decode_tiled if tiles else self._decode_whole
+        parts = latent_sample.split(1) if slices else [latent_sample]
+        return ModelOutput(sample=torch.cat([decode(part) for part in parts]))
+
+    def _decode_whole(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.decoder(latents.contiguous())[0]
+
+    def _decode_tiled(self, latents: torch.Tensor) -> torch.Tensor:
+        """diffusers' own method, on what it looks for in its VAE."""
+        stand_in = SimpleNamespace(
+            config=SimpleNamespace(use_post_quant_conv=False),  # the IR has it inside
+            decoder=self._decode_whole,
+            blend_v=functools.partial(AutoencoderKL.blend_v, None),
+            blend_h=functools.partial(AutoencoderKL.blend_h, None),
+            tile_sample_min_size=self.tile_sample_min_size,
+            tile_latent_min_size=self.tile_latent_min_size,
+            tile_overlap_factor=self.tile_overlap_factor,
+        )
+        return AutoencoderKL.tiled_decode(stand_in, latents, return_dict=False)[0]
+
+
 # ---- the pipelines ------------------------------------------------------------------------------
 
 
@@ -1293,7 +1468,7 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
     main_input_name = "prompt"
     export_feature = "text-to-image"
 
-    def __init__(self, *args, compile: bool = True, **kwargs):
+    def __init__(self, *args, compile: bool = True, release_text_encoder: bool = False, **kwargs):
         """Take the place of optimum's constructor; `from_pretrained` is the way in.
 
         Every route to a pipeline ends here, so this is where stored compile options are read.
@@ -1310,14 +1485,42 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         # Compile later (unless all is compiled already): the transformer is about to be replaced.
         super().__init__(*args, compile=compile and kwargs.get("compile_only", False), **kwargs)
         self.transformer = OVPixArtTransformer(self.transformer.model, self, "transformer")
+        if self.text_encoder is not None:
+            self.text_encoder = OVPixArtTextEncoder(self.text_encoder.model, self, "text_encoder")
+        self._releases_text_encoder = release_text_encoder
+        self.vae = OVPixArtVae(self.vae_decoder, self.vae_encoder)
         for part in self.components.values():
             # A dictionary for each: optimum shares one, and settings would leak between models.
             user = kwargs.get("ov_config") or {}
             part.ov_config = {**user} if self._compile_only else _compile_config(part.model, user)
         # A prompt that is too long is spoken of in our own words: see `_warn_of_cut`.
         self.tokenizer.deprecation_warnings[_TOO_LONG] = True
+        if release_text_encoder:
+            self.release_text_encoder()
         if compile:
             self.compile()
+
+    def compile(self) -> None:
+        """Compile all models, but for a text encoder that is in memory only when it reads."""
+        for name, part in self.components.items():
+            if name != "text_encoder" or not self._releases_text_encoder:
+                part.compile()
+
+    def release_text_encoder(self) -> None:
+        """Let go of the text encoder, most of the memory, until a new prompt needs it.
+
+        What the last prompts say is remembered without it. `from_pretrained(...,
+        release_text_encoder=True)` does this after every prompt, and loads it for none before.
+        """
+        if self.text_encoder is not None:
+            self.text_encoder.release()
+
+    def encode_prompt(self, *args, **kwargs):
+        """As in diffusers; a prompt among the last is remembered, not read again."""
+        encoded = super().encode_prompt(*args, **kwargs)
+        if self._releases_text_encoder:
+            self.release_text_encoder()
+        return encoded
 
     # -- load and save --
 
@@ -1340,6 +1543,7 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         `model_id`: an OpenVINO folder, a diffusers folder or a Hugging Face id of either. What is
         not OpenVINO yet is converted to `weight_format` in a temporary folder that goes with the
         pipeline; `convert_pipeline` or `save_pretrained` keep it.
+        `release_text_encoder`: keep it in memory only while it reads a prompt that is new.
         `device`, `ov_config`, `compile` and the rest: as in optimum-intel's OVDiffusionPipeline.
         """
         if trust_remote_code:
@@ -1421,8 +1625,9 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
     @property
     def batch_size(self) -> int:
         """Prompts per call that the models are shaped for, -1 if any number."""
-        model = self.transformer.model if self.text_encoder is None else self.text_encoder.model
-        return _length(model.inputs[0].get_partial_shape()[0])
+        if self.text_encoder is None:
+            return _length(self.transformer.model.inputs[0].get_partial_shape()[0])
+        return _length(self.text_encoder.input_shape[0])
 
     def reshape(
         self,
@@ -2669,6 +2874,8 @@ class _Artist:
 
     def draw(self, prompt: str, seed: int, **call) -> _Turn:
         self.seconds.clear()
+        if isinstance(self.pipeline.text_encoder, OVPixArtTextEncoder):
+            self.pipeline.text_encoder.forget()  # torch reads its prompt in every turn, too
         start = time.perf_counter()
         generator = torch.Generator().manual_seed(seed)
         picture = self.pipeline(prompt, generator=generator, **call).images[0]

@@ -264,6 +264,7 @@ def test_stored_options_come_along_on_every_route(options, converted, tmp_path):
     stored = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "64"}
     helper.store_runtime_options(model, **stored)
     helper.ov.save_model(model, xml, compress_to_fp16=False)
+    (folder / "transformer" / "conversion.json").unlink()  # whose checksums are of another model
 
     for entrance in (helper.OVPixArtAlphaPipeline, OVDiffusionPipeline):
         if options and entrance is OVDiffusionPipeline:
@@ -335,6 +336,168 @@ def test_t5_carries_its_scale_for_16_bit_devices(converted, fresh_pipeline, tmp_
             for name in helper.PARTS
         }
         assert has == {"text_encoder": True, "transformer": False, "vae_decoder": False}
+
+
+# ---- prompts are read once ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(fresh_pipeline):
+    """`counted(**options)`: a pipeline, and the list of texts that its T5 has read."""
+
+    def load(family="alpha", **options):
+        pipeline, texts = fresh_pipeline(family, **options), []
+        read = pipeline.text_encoder._read
+
+        def counting(new):
+            texts.extend(new)
+            return read(new)
+
+        pipeline.text_encoder._read = counting
+        return pipeline, texts
+
+    return load
+
+
+def test_the_same_prompt_is_read_once(counted, ov_pipeline):
+    pipeline, texts = counted()
+    first = draw(pipeline)
+    assert len(texts) == 2  # the prompt, and no prompt
+    assert (draw(pipeline) == first).all()
+    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    draw(pipeline, num_images_per_prompt=2, guidance_scale=1.0, height=96)
+    assert len(texts) == 2
+    assert_same(first, draw(ov_pipeline("alpha")), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("call", "read"),
+    [
+        ({"prompt": "another"}, 1),
+        ({"prompt": [SMALL["prompt"], "another", "another"]}, 1),
+        ({"negative_prompt": "another"}, 1),
+        ({"max_sequence_length": 41}, 2),
+        ({"prompt": "A <b>Star</b>", "clean_caption": True}, 1),
+    ],
+)
+def test_what_is_new_is_read(call, read, counted, ov_pipeline):
+    pipeline, texts = counted()
+    draw(pipeline)
+    texts.clear()
+    assert_same(draw(pipeline, **call), draw(ov_pipeline("alpha"), **call), 1e-6)
+    assert len(texts) == read
+
+
+def test_another_device_or_shape_reads_anew(counted):
+    pipeline, texts = counted()
+    draw(pipeline)
+    for change in (lambda: pipeline.to("CPU"), lambda: pipeline.reshape(1, 64, 64, 1)):
+        texts.clear()
+        change()
+        draw(pipeline, max_sequence_length=120)
+        assert len(texts) == 2
+
+
+def test_only_the_last_prompts_are_remembered(counted):
+    pipeline, texts = counted()
+    for number in range(20):
+        pipeline.encode_prompt(f"a star {'red ' * number}", do_classifier_free_guidance=False)
+    assert len(texts) == 20
+    assert len(pipeline.text_encoder._answers) == pipeline.text_encoder.REMEMBERED
+
+
+@pytest.mark.parametrize("entrance", [OVDiffusionPipeline, OVPipelineForText2Image])
+@pytest.mark.parametrize("options", [{}, {"compile_only": True}])
+def test_released_between_prompts_the_text_encoder_says_the_same(
+    entrance, options, converted, ov_pipeline
+):
+    if options and entrance is OVDiffusionPipeline:
+        entrance = helper.OVPixArtAlphaPipeline
+    pipeline = entrance.from_pretrained(
+        converted("alpha"), ov_config=F32, release_text_encoder=True, **options
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    encoder = pipeline.text_encoder
+    for prompt in (SMALL["prompt"], SMALL["prompt"], "another", SMALL["prompt"]):
+        assert encoder._model is None and encoder.request is None
+        assert_same(draw(pipeline, prompt=prompt), draw(ov_pipeline("alpha"), prompt=prompt), 1e-6)
+
+
+def test_a_released_text_encoder_keeps_its_shape_and_can_be_saved(fresh_pipeline, tmp_path):
+    pipeline = fresh_pipeline("alpha", compile=False)
+    pipeline.reshape(2, 64, 64, 1, max_sequence_length=40)
+    call = {"prompt": ["a star", "a hill"], "negative_prompt": ["red", "blue"]}
+    picture = draw(pipeline, **call)
+    pipeline.release_text_encoder()
+    assert pipeline.batch_size == 2
+    assert pipeline.text_encoder._model is None  # to ask for the shape does not load it
+    assert (draw(pipeline, **call) == picture).all()
+    draw(pipeline, prompt=["a circle", "a hill"], negative_prompt="")
+    assert list(pipeline.text_encoder.model.input("input_ids").shape) == [2, 40]
+    pipeline.release_text_encoder()
+    pipeline.reshape(-1, -1, -1)
+    pipeline.release_text_encoder()
+    pipeline.save_pretrained(tmp_path)
+    assert (tmp_path / "text_encoder" / "openvino_model.bin").is_file()
+
+
+def test_a_text_encoder_that_could_not_come_back_is_not_released(fresh_pipeline, tmp_path):
+    pipeline = fresh_pipeline("alpha", compile=False)
+    pipeline.text_encoder.model_save_dir = tmp_path
+    with pytest.raises(FileNotFoundError, match=r"text encoder .* keep the folder"):
+        pipeline.release_text_encoder()
+    assert pipeline.text_encoder._model is not None
+
+
+# ---- large pictures -----------------------------------------------------------------------------
+
+
+def test_tiles_are_blended_as_diffusers_blends_them(fresh_pipeline, checkpoint):
+    ours = fresh_pipeline("alpha", compile=False).vae
+    reference = diffusers.AutoencoderKL.from_pretrained(checkpoint("alpha") / "vae")
+    latents = torch.randn(2, 4, 20, 13, generator=torch.Generator().manual_seed(0))
+    whole = ours.decode(latents)[0]
+    for vae in (ours, reference):
+        vae.enable_tiling()
+    with torch.no_grad():
+        expected = reference.decode(latents).sample
+    assert_same(ours.decode(latents, return_dict=False)[0].numpy(), expected.numpy())
+    assert (ours.decode(latents)[0] - whole).abs().max() > 0.01  # there were tiles
+    ours.disable_tiling()
+    assert torch.equal(ours.decode(latents)[0], whole)
+
+
+def test_slices_change_nothing(fresh_pipeline):
+    pipeline = fresh_pipeline("alpha")
+    whole, batches = draw(pipeline, num_images_per_prompt=3), []
+    decode = pipeline.vae.decoder.forward
+    pipeline.vae.decoder.forward = lambda z, *args: batches.append(len(z)) or decode(z, *args)
+    pipeline.vae.enable_slicing()
+    assert_same(draw(pipeline, num_images_per_prompt=3), whole, 1e-6)
+    assert batches == [1, 1, 1]
+
+
+def test_tiles_and_static_shapes_exclude_each_other(fresh_pipeline):
+    pipeline = fresh_pipeline("alpha", compile=False).reshape(1, 128, 128, 1)
+    pipeline.vae.enable_tiling()
+    with pytest.raises(ValueError, match=r"static shapes: reshape\(-1, -1, -1\)"):
+        draw(pipeline, height=128, width=128, max_sequence_length=120)
+
+
+# ---- a second start -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"compile_only": True}])
+def test_compiled_models_are_kept_in_the_cache(options, fresh_pipeline, tmp_path):
+    settings = {**options, "ov_config": {**F32, "CACHE_DIR": str(tmp_path)}}
+    first = draw(fresh_pipeline("alpha", **settings))
+    kept = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.blob")}
+    assert len(kept) == 3
+    second = fresh_pipeline("alpha", **settings)
+    parts = second.components.values()
+    assert all(part.request.get_property("LOADED_FROM_CACHE") for part in parts)
+    assert (draw(second) == first).all()
+    assert {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.blob")} == kept
 
 
 # ---- static shapes ------------------------------------------------------------------------------

@@ -160,10 +160,14 @@ def _load_openvino(case: Case, engine: str, folder: Path) -> Callable[..., Any]:
     if case.kind == "vae":
         return lambda latents: pipeline.vae.decode(latents, return_dict=False)
     if case.kind == "t5":
-        return lambda input_ids, attention_mask: pipeline.text_encoder(
-            input_ids, attention_mask=attention_mask, return_dict=False
-        )
+        return functools.partial(_read_anew, pipeline.text_encoder)
     return lambda **inputs: pipeline.transformer(**inputs, return_dict=False)
+
+
+def _read_anew(text_encoder: helper.OVPixArtTextEncoder, input_ids, attention_mask) -> Any:
+    """What T5 says of tokens, however often it was asked before."""
+    text_encoder.forget()
+    return text_encoder(input_ids, attention_mask=attention_mask)
 
 
 # ==================================================================================================
@@ -211,6 +215,7 @@ class OpenVINOPainter(_Painter):
 
     def paint(self, turn: int, steps: int) -> tuple[float, Any]:
         call = self.call(turn, steps)
+        self.pipeline.text_encoder.forget()  # the empty negative prompt, too, is read in each turn
         return _clock(lambda: self.pipeline(self.prompts[turn], **call).images)
 
 
