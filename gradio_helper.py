@@ -1136,6 +1136,7 @@ class _Page:
             lambda position: gr.update(slider_position=position),
             self.divider,
             self.slider,
+            trigger_mode="always_last",
             queue=False,
             **hidden,
         )
@@ -1143,6 +1144,7 @@ class _Page:
             self._precision_changed,
             [self.model, *inputs],
             [self.model, *inputs],
+            trigger_mode="always_last",  # a second choice made while the first is at work counts
             queue=False,
             **hidden,
         )
@@ -1428,10 +1430,13 @@ class _Page:
             settings = replace(settings, style=NO_STYLE)
         if settings.aspect_ratio not in new.sizes:
             settings = replace(settings, aspect_ratio="1:1")
-        return [settings.precision, *self._controls_for(settings)]
+        return [settings.precision, *self._controls_for(settings, shown=Settings(*chosen))]
 
-    def _controls_for(self, settings: Settings) -> list[Any]:
-        """What every control shows for these settings, in the order of `FIELDS`."""
+    def _controls_for(self, settings: Settings, *, shown: Settings | None = None) -> list[Any]:
+        """What every control shows for these settings, in the order of `FIELDS`.
+
+        Values that are `shown` already are left alone: by now the user may have gone on typing.
+        """
         model = self.studio.facts[settings.precision]
         looks: dict[str, dict[str, Any]] = {
             "negative_prompt": _negative_looks(settings.guidance),
@@ -1440,8 +1445,11 @@ class _Page:
             "guidance": _guidance_looks(model),
             "aspect_ratio": {"choices": list(model.sizes)},
         }
-        values = asdict(settings)
-        return [gr.update(**{**looks.get(name, {}), "value": values[name]}) for name in FIELDS]
+        values, present = asdict(settings), asdict(shown) if shown else {}
+        for name in FIELDS:
+            if name not in present or present[name] != values[name]:
+                looks.setdefault(name, {})["value"] = values[name]
+        return [gr.update(**looks.get(name, {})) for name in FIELDS]
 
     # -- programs ------------------------------------------------------------------------------
 
