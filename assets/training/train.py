@@ -881,6 +881,7 @@ TEACHER = STATE / "dit-longer" / "transformer"
 GUIDANCE_SCALE = 4.5
 
 
+@cache  # the same for every size and stage
 def compile_teacher():
     """The DiT as a function of its inputs, several times as fast as in torch."""
     from ov_pixart_helper import convert_transformer, ov
