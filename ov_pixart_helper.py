@@ -10,6 +10,7 @@ The file reads in the order an image travels:
 Import this module before `openvino` or `nncf`: it switches their usage telemetry off.
 """
 
+import bisect
 import contextlib
 import ctypes
 import errno
@@ -112,12 +113,16 @@ with _quiet():
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
+    from nncf.quantization.algorithms.weight_compression.openvino_backend import (
+        OVWeightCompressionAlgoBackend,
+    )
     from openvino.frontend.pytorch.patch_model import (
         __make_16bit_traceable as make_16bit_traceable,
     )
     from openvino.frontend.pytorch.patch_model import unpatch_model
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
     from optimum.exporters.openvino.model_configs import T5EncoderOpenVINOConfig
+    from optimum.exporters.openvino.utils import clear_class_registry
     from optimum.intel.openvino import modeling_diffusion as ov_diffusion
     from optimum.intel.openvino.modeling_diffusion import (
         OVDiffusionPipeline,
@@ -375,24 +380,82 @@ def _trace(
 
 
 @contextlib.contextmanager
-def _ready_for_tracing(module: torch.nn.Module, *, widen: bool) -> Iterator[None]:
+def _ready_for_tracing(module: torch.nn.Module, weight_format: str) -> Iterator["_MappedWeights"]:
     """Let a module of any precision be traced in float32 without copying its big weights.
 
     OpenVINO's 16-bit patch puts placeholders where the weights of linear layers and embeddings
     were, so that tracing computes shapes only, and hands the stored weights to the graph as they
-    are. `widen` turns 16-bit weights into float32 first. Afterwards the module is as it was.
+    are. For "fp32", 16-bit weights are turned into float32 first, else float32 into float16.
+    Yields what gives the memory of files back. Afterwards the module is as it was.
     """
-    stored = [(t, t.dtype) for t in (*module.parameters(), *module.buffers())]
-    if widen:
-        for tensor, dtype in stored:
-            tensor.data = tensor.data.float() if dtype.is_floating_point else tensor.data
-    make_16bit_traceable(module)
+    stored = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
+    mapped = _MappedWeights(module)
     try:
-        yield
+        if weight_format == "fp32":
+            for tensor, data in stored:
+                tensor.data = data.float() if data.dtype.is_floating_point else data
+        else:
+            _narrow(module, mapped)
+        make_16bit_traceable(module)
+        yield mapped
     finally:
         unpatch_model(module, "_openvino_module_extension_patch_orig_forward")
-        for tensor, dtype in stored:
-            tensor.data = tensor.data.to(dtype)
+        for tensor, data in stored:
+            tensor.data = data
+        clear_class_registry()  # TorchScript remembers what it has traced, and holds its weights
+
+
+def _narrow(module: torch.nn.Module, mapped: "_MappedWeights") -> None:
+    """Turn float32 matrices into float16, one after another, so that both are never there whole.
+
+    In float32, OpenVINO would read all of them at a time: when it tidies up what it has traced,
+    and when it saves.
+    """
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Embedding):
+            wide = layer.weight.data
+            narrow = wide.half() if wide.dtype == torch.float32 else wide
+            if torch.isfinite(narrow).all():  # float16 ends at 65504
+                layer.weight.data = narrow
+            mapped.have_read(wide.nbytes)
+    mapped.give_back()
+
+
+class _MappedWeights:
+    """Gives the memory of weight files back that have been read: the system reads them again.
+
+    Loaded weights are files mapped into memory. What has been read of them counts as the memory of
+    this process until it gets short; on Linux it can be handed back at once (`madvise`).
+    """
+
+    EVERY = 64_000_000  # bytes to be read before
+
+    def __init__(self, module: torch.nn.Module):
+        self.addresses = sorted({tensor.data_ptr() for tensor in module.state_dict().values()})
+        self.since = 0
+
+    def have_read(self, size: int) -> None:
+        """Count bytes, and give back now and then."""
+        self.since += size
+        if self.since >= self.EVERY:
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Give back what is mapped and unchanged: a page that was written to is nowhere else."""
+        self.since = 0
+        if not sys.platform.startswith("linux"):
+            return
+        _trim_heap()
+        libc = ctypes.CDLL(None)
+        for mapping in psutil.Process().memory_maps(grouped=False):
+            start, end = (int(address, 16) for address in mapping.addr.split("-"))
+            is_ours = bisect.bisect_left(self.addresses, start) < bisect.bisect(self.addresses, end)
+            is_file = mapping.path.startswith("/")
+            if is_ours and is_file and not mapping.anonymous and not mapping.swap:
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+
+
+_MADV_DONTNEED = 4  # of Linux's <sys/mman.h>
 
 
 # ---- the three models, converted and written ----------------------------------------------------
@@ -438,19 +501,29 @@ def _convert(
     output_dir: str | Path,
     weight_format: str,
     source: dict | None = None,
+    tell: Callable[[str], None] = lambda doing: None,
 ) -> Path:
-    """Trace, compress, write. `source` identifies the checkpoint, for `_is_converted`."""
+    """Trace, compress, write.
+
+    `source` identifies the checkpoint, for `_is_converted`; `tell` hears what is being done.
+    """
     _check_weight_format(weight_format)
-    with _ready_for_tracing(module, widen=weight_format == "fp32"):
+    tell("tracing")
+    with _ready_for_tracing(module, weight_format) as mapped:
         model = trace(module)
-        if weight_format in ("int8", "int4"):
+    gc.collect()  # from here on, only the graph holds weights, and drops them one by one
+    mapped.give_back()
+    if weight_format in ("int8", "int4"):
+        with _weight_by_weight(mapped, tell):
             model = _compress_weights(model, weight_format, module.config)
-        with _refusals_in_one_line(Path(output_dir)), _staged(Path(output_dir)) as folder:
-            _save_ir(model, folder, compress_to_fp16=weight_format != "fp32")
-            del model
-            _save_config(module, folder)
-            record = {"weight_format": weight_format, "source": source}
-            _write_record(record, folder / "conversion.json")
+    tell("writing")
+    with _refusals_in_one_line(Path(output_dir)), _staged(Path(output_dir)) as folder:
+        _save_ir(model, folder, compress_to_fp16=weight_format != "fp32")
+        del model
+        _save_config(module, folder)
+        record = {"weight_format": weight_format, "source": source}
+        _write_record(record, folder / "conversion.json")
+    mapped.give_back()
     return Path(output_dir)
 
 
@@ -477,6 +550,34 @@ def _compress_weights(model: ov.Model, weight_format: str, config: Any) -> ov.Mo
                 group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE
             ),
         )
+
+
+@contextlib.contextmanager
+def _weight_by_weight(mapped: _MappedWeights, tell: Callable[[str], None]) -> Iterator[None]:
+    """Let NNCF drop each weight as soon as it is compressed, and tell how far it is.
+
+    NNCF takes one weight after the other, the biggest first, but keeps all of them in a list of
+    names; and what comes from a file stays in memory until it is given back.
+    """
+    original = OVWeightCompressionAlgoBackend.transform_model
+
+    def transform_model(backend, model, graph, weights, *args, **kwargs):
+        weights = list(weights)
+
+        def one_by_one() -> Iterator[Any]:
+            done, total = 0, sum(one.num_weights for one in weights)
+            for one in weights:
+                tell(f"compressing weights, {done / total:.0%}")
+                yield one
+                attributes = one.node_with_weight.layer_attributes.constant_attributes
+                del backend.name_to_node_mapping[attributes[one.weight_port_id]["name"]]
+                mapped.have_read(2 * one.num_weights)
+                done += one.num_weights
+
+        return original(backend, model, graph, one_by_one(), *args, **kwargs)
+
+    with mock.patch.object(OVWeightCompressionAlgoBackend, "transform_model", transform_model):
+        yield
 
 
 def _int4_group_size(config: Any) -> int:
@@ -757,8 +858,13 @@ def convert_pipeline(
     command = _call_text(
         "convert_pipeline", model_id, output_dir, weight_format=weight_format, **others
     )
+    prints = _fingerprints(folders, lora_scale)
+    missing = _missing(output_dir, weight_format, prints, force, thorough=False)
+    costs = {name: _cost(folders[PARTS[name].folder], weight_format) for name in missing}
+    _check_resources(costs, output_dir)
     with _writing_to(output_dir, command):
-        _convert_all(folders, lora_scale, output_dir, weight_format, force)
+        missing = _missing(output_dir, weight_format, prints, force, thorough=True)
+        _convert_all(folders, lora_scale, output_dir, weight_format, prints, missing)
         _save_tokenizer(folders["tokenizer"], output_dir / "tokenizer")
         with _staged(output_dir / "scheduler") as folder:
             shutil.copy(folders["scheduler"] / "scheduler_config.json", folder)
@@ -766,33 +872,114 @@ def convert_pipeline(
     return output_dir
 
 
-def _convert_all(
-    folders: dict[str, Path], lora_scale: float, output_dir: Path, weight_format: str, force: bool
-) -> None:
-    """Convert the models that are not there yet, one after another."""
+def _fingerprints(folders: dict[str, Path], lora_scale: float) -> dict[str, dict]:
+    """What tells for each model whether it has been made from these files."""
     prints = {name: _fingerprint(folders[part.folder]) for name, part in PARTS.items()}
     if "lora" in folders:
         added = {"scale": lora_scale, **_fingerprint(folders["lora"])}
         prints["transformer"] = {**prints["transformer"], "lora": added}
-    missing = [
+    return prints
+
+
+def _missing(
+    output_dir: Path, weight_format: str, prints: dict[str, dict], force: bool, *, thorough: bool
+) -> list[str]:
+    """The models that are not there yet, or not as they should be."""
+    return [
         name
         for name in PARTS
-        if force or not _is_converted(output_dir / name, weight_format, prints[name])
+        if force
+        or not _is_converted(output_dir / name, weight_format, prints[name], thorough=thorough)
     ]
+
+
+def _convert_all(
+    folders: dict[str, Path],
+    lora_scale: float,
+    output_dir: Path,
+    weight_format: str,
+    prints: dict[str, dict],
+    missing: list[str],
+) -> None:
+    """Convert the models that are not there yet, one after another."""
     if missing:
         (output_dir / MODEL_INDEX).unlink(missing_ok=True)
     with tqdm(total=len(PARTS), unit="model") as bar:
         for name, part in PARTS.items():
-            bar.set_description(f"{'Converting' if name in missing else 'Keeping'} {name}")
+            bar.set_description(f"Keeping {name}")
             if name in missing:
+                memory = _cost(folders[part.folder], weight_format).memory / 1e9
+
+                def tell(doing: str, about=f"Converting {name}, {memory:.1f} GB of memory") -> None:
+                    bar.set_description(f"{about}: {doing}")
+
+                tell("loading")
                 module = _load_part(folders[part.folder], part.loader)
                 if name == "transformer" and "lora" in folders:
                     module = _fuse_lora(module, folders["lora"], lora_scale)
-                _convert(part.trace, module, output_dir / name, weight_format, prints[name])
+                _convert(part.trace, module, output_dir / name, weight_format, prints[name], tell)
                 del module
-                gc.collect()
+                _release_memory()
             bar.update()
         bar.set_description("Converted")
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """What it takes to convert a model, in bytes."""
+
+    memory: int  # of the whole process at its worst, with what is read from files
+    free: int  # of memory that has to be free before
+    disk: int
+
+
+def _cost(folder: Path, weight_format: str) -> _Cost:
+    """Work out from the sizes of a checkpoint's weights what its conversion takes.
+
+    `python -m tests.benchmarks.memory` puts these figures beside measured ones.
+    """
+    _, files, dtype = _stored_weights(folder)
+    sizes = [size for file in files for size in _weight_sizes(file)]
+    count, largest, is_wide = sum(sizes), max(sizes, default=0), dtype == torch.float32
+    output = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.6}[weight_format] * count
+    if weight_format == "fp32":
+        new = 0 if is_wide else 4 * count
+    else:  # float32 becomes float16 first
+        new = max(2 * count if is_wide else 0, output if weight_format != "fp16" else 0)
+    # One matrix at a time is taken apart: NNCF has some ten bytes of it at hand for each weight.
+    free = new + (10 if weight_format in ("int8", "int4") else 4) * largest
+    # Files are given back piece by piece, unless OpenVINO copies them in one go.
+    memory = _PROCESS + free + (_MappedWeights.EVERY if new else output)
+    return _Cost(round(memory), round(free), round(1.02 * output))
+
+
+_PROCESS = 800_000_000  # bytes of Python with torch, OpenVINO and NNCF
+
+
+def _weight_sizes(file: Path) -> list[int]:
+    """How many numbers each tensor of a file holds."""
+    with safe_open(file, framework="pt") as tensors:
+        return [math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118
+
+
+def _check_resources(costs: dict[str, _Cost], output_dir: Path) -> None:
+    """Before anything is done, say in one line if memory or disk will not be enough."""
+    free = psutil.virtual_memory().available
+    for name, cost in costs.items():
+        if cost.free > free:
+            raise MemoryError(
+                f"Converting the {name} takes {cost.free / 1e9:.1f} GB of memory, and "
+                f"{free / 1e9:.1f} GB are free: close other programs, or choose a smaller "
+                "weight_format."
+            )
+    disk = sum(cost.disk for cost in costs.values())
+    there = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if disk > free:
+        raise OSError(
+            f"output_dir={str(output_dir)!r} needs {disk / 1e9:.1f} GB of disk, and "
+            f"{free / 1e9:.1f} GB are free: make room there, or name another folder."
+        )
 
 
 _MODELS = frozenset({"text_encoder", "transformer", "vae"})
@@ -993,7 +1180,7 @@ def _check_components_fit(folders: dict[str, Path]) -> None:
 def _load_part(folder: Path, loader: type) -> torch.nn.Module:
     """Load one model in the precision it is stored in, so that its weights stay memory-mapped."""
     _check_downloads(folder)
-    variant, dtype = _stored_weights(folder)
+    variant, _, dtype = _stored_weights(folder)
     precision = {"torch_dtype" if hasattr(loader, "save_config") else "dtype": dtype}
     with _quiet(), _no_transformers_bars():
         module, loaded = loader.from_pretrained(
@@ -1013,8 +1200,8 @@ def _load_part(folder: Path, loader: type) -> torch.nn.Module:
     return module
 
 
-def _stored_weights(folder: Path) -> tuple[str | None, torch.dtype]:
-    """Which variant of the weights to read (None: the plain one), and its precision."""
+def _stored_weights(folder: Path) -> tuple[str | None, list[Path], torch.dtype]:
+    """Which variant of the weights to read (None: the plain one), its files and precision."""
     pattern = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors")
     variants: dict[str, list[Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -1029,7 +1216,7 @@ def _stored_weights(folder: Path) -> tuple[str | None, torch.dtype]:
     dtypes = {_stored_dtype(file) for file in variants[variant]}
     one = dtypes.pop() if len(dtypes) == 1 else "F32"
     dtype = {"F16": torch.float16, "BF16": torch.bfloat16}.get(one, torch.float32)
-    return variant or None, dtype
+    return variant or None, variants[variant], dtype
 
 
 def _stored_dtype(file: Path) -> str:
@@ -1093,7 +1280,7 @@ def _fingerprint(folder: Path) -> dict[str, list[int]]:
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
-def _is_converted(folder: Path, weight_format: str, source: dict) -> bool:
+def _is_converted(folder: Path, weight_format: str, source: dict, *, thorough: bool) -> bool:
     """Whether `folder` holds a whole IR of this format, made from this checkpoint.
 
     A model converted on its own, by one of the three functions above, has no source on record and
@@ -1103,7 +1290,7 @@ def _is_converted(folder: Path, weight_format: str, source: dict) -> bool:
     return (
         record.get("weight_format") == weight_format
         and record["source"] in (None, source)
-        and _find_damage(folder, record, thorough=True) is None
+        and _find_damage(folder, record, thorough=thorough) is None
     )
 
 
@@ -1339,6 +1526,10 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
 def _release_memory() -> None:
     """Give the system back what a model has left: garbage, and heap that is free."""
     gc.collect()
+    _trim_heap()
+
+
+def _trim_heap() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # musl has no such function
             ctypes.CDLL(None).malloc_trim(0)
@@ -2927,13 +3118,7 @@ def _sizes_mb(folder: Path) -> dict[str, float]:
         if _is_openvino_folder(folder):
             files = list((folder / name).glob("openvino_model.*"))
         else:
-            variant, _ = _stored_weights(folder / part.folder)
-            files = list((folder / part.folder).glob("*.safetensors"))
-            if variant is None:
-                pattern = re.compile(r"[\w-]+\.safetensors")
-                files = [file for file in files if pattern.fullmatch(file.name)]
-            else:
-                files = [file for file in files if f".{variant}" in file.name]
+            _, files, _ = _stored_weights(folder / part.folder)
         sizes[name] = sum(file.stat().st_size for file in files) / 1e6
     return sizes
 

@@ -245,19 +245,26 @@ def size_gb(root: Path, name: str, engine: str | None, scale: Scale) -> float:
 
 def assemble(root: Path, case: Case, engine: str) -> Path:
     """Put the T5-XXL of one folder and DiT and VAE of another into one, as hard links."""
-    few_steps = case.guidance <= 1
-    scheduler = "LCMScheduler" if few_steps else "DPMSolverMultistepScheduler"
     if engine in OPENVINO:
         texts = openvino_folder(root, T5_XXL, engine)
         pictures = openvino_folder(root, case.checkpoint, engine)
-        parts = {"text_encoder": texts, "transformer": pictures, "vae_decoder": pictures}
     else:
         texts = checkpoint_folder(root, T5_XXL)
         pictures = checkpoint_folder(root, case.checkpoint)
-        parts = {"text_encoder": texts, "transformer": pictures, "vae": pictures}
-    folder = root / "pictures" / f"{case.name}-{engine}"
+    return join(
+        root / "pictures" / f"{case.name}-{engine}",
+        texts,
+        pictures,
+        ("transformer", "vae_decoder" if engine in OPENVINO else "vae"),
+        "LCMScheduler" if case.guidance <= 1 else "DPMSolverMultistepScheduler",
+    )
+
+
+def join(folder: Path, texts: Path, pictures: Path, names: tuple[str, ...], scheduler: str) -> Path:
+    """Put the text encoder of `texts` and the models `names` of `pictures` into one folder."""
     shutil.rmtree(folder, ignore_errors=True)
-    for part, source in {**parts, "tokenizer": pictures}.items():
+    sources = {"text_encoder": texts, **dict.fromkeys(("tokenizer", *names), pictures)}
+    for part, source in sources.items():
         shutil.copytree(source / part, folder / part, copy_function=_link)
     write_scheduler(folder, scheduler)
     index = json.loads((pictures / helper.MODEL_INDEX).read_text())

@@ -1,0 +1,236 @@
+"""What conversion and painting take of memory, at real size and with random weights.
+
+    python -m tests.benchmarks.memory                  # everything, 40 GB of disk
+    python -m tests.benchmarks.memory convert_dit run  # what begins so
+
+Each line is measured in a process of its own, from `import` to the end: the most memory that it has
+held (VmHWM on Linux, files that it has read included). The report is `build/memory.json`.
+"""
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import ov_pixart_helper as helper
+from tests.benchmarks import checkpoints as models
+from tests.benchmarks.bench import BUILD
+from tests.benchmarks.cases import FULL, T5_XXL, XL_512, XL_1024, parameters
+from tests.benchmarks.workers import WorkerError, call_in_process
+
+PROMPT = "a lighthouse on a cliff in a storm, oil painting"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one process has taken."""
+
+    peak_gb: float
+    seconds: float
+    said_gb: float | None = None  # what `convert_pipeline` says before it starts
+    disk_gb: float | None = None  # of the result
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of the report: `function(*arguments)`, and what is aimed at."""
+
+    name: str
+    target_gb: float
+    target_s: float | None
+    function: Callable[..., Measured]
+    arguments: tuple[Any, ...]
+
+
+# ==================================================================================================
+# Converting
+# ==================================================================================================
+
+
+def convert_one(folder: Path, name: str, weight_format: str, output: Path) -> Measured:
+    """Convert one model of a checkpoint, as `convert_pipeline` does."""
+    part = helper.PARTS[name]
+    said = helper._cost(folder / part.folder, weight_format).memory
+    start = time.perf_counter()
+    module = helper._load_part(folder / part.folder, part.loader)
+    helper._convert(part.trace, module, output, weight_format)
+    seconds = time.perf_counter() - start
+    peak = helper._peak_memory_mb() / 1000
+    size = sum(file.stat().st_size for file in output.glob("*.bin"))
+    shutil.rmtree(output)
+    return Measured(peak, seconds, said / 1e9, size / 1e9)
+
+
+def convert_all(folder: Path, text_encoder: Path, weight_format: str, output: Path) -> Measured:
+    """`convert_pipeline` from the first model to the last."""
+    start = time.perf_counter()
+    helper.convert_pipeline(
+        folder, output, text_encoder=text_encoder, weight_format=weight_format, force=True
+    )
+    seconds = time.perf_counter() - start
+    size = sum(file.stat().st_size for file in output.glob("*/*.bin"))
+    return Measured(helper._peak_memory_mb() / 1000, seconds, None, size / 1e9)
+
+
+def widen(folder: Path, output: Path) -> None:
+    """Write a model once more in float32, shard by shard."""
+    if output.is_dir():
+        return
+    partial = output.with_name(f".partial-{output.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                wide = {name: tensors.get_tensor(name).float() for name in tensors.keys()}  # noqa: SIM118
+            save_file(wide, partial / file.name, metadata={"format": "pt"})
+        else:
+            text = file.read_text().replace("bfloat16", "float32")
+            (partial / file.name).write_text(text)
+    partial.rename(output)
+
+
+# ==================================================================================================
+# Painting
+# ==================================================================================================
+
+
+def paint(folder: Path, pixels: int, cache: Path | None, tiling: bool, **options) -> Measured:
+    """Load a pipeline and paint in four steps: two pictures of one prompt, one of another."""
+    config = {"CACHE_DIR": str(cache)} if cache else {}
+    start = time.perf_counter()
+    pipeline = helper.OVPixArtAlphaPipeline.from_pretrained(folder, ov_config=config, **options)
+    loaded = time.perf_counter() - start
+    pipeline.set_progress_bar_config(disable=True)
+    if tiling:
+        pipeline.vae.enable_tiling()
+    pictures = []
+    for prompt in ("a lighthouse in a storm", "a lighthouse in a storm", "a bowl of cherries"):
+        start = time.perf_counter()
+        pipeline(
+            prompt,
+            num_inference_steps=4,
+            guidance_scale=0.0,
+            height=pixels,
+            width=pixels,
+            use_resolution_binning=False,
+            generator=torch.Generator().manual_seed(0),
+        )
+        pictures.append(time.perf_counter() - start)
+    note = "ready after {:.1f} s, pictures: first {:.1f} s, same prompt {:.1f} s, other {:.1f} s"
+    return Measured(
+        helper._peak_memory_mb() / 1000,
+        loaded + sum(pictures),
+        note=note.format(loaded, *pictures),
+    )
+
+
+def assemble_laptop(root: Path) -> Path:
+    """What a laptop would run: INT4 T5, INT8 DiT and VAE decoder, LCM's scheduler."""
+    folder, texts = root / "laptop", root / "laptop-t5"
+    for engine in ("ov-fp16", "ov-int8"):
+        if not models.has_openvino(root, XL_512, engine):
+            call_in_process(models.build_openvino, root, XL_512, engine, FULL)
+    if not (texts / helper.MODEL_INDEX).is_file():
+        checkpoint = models.checkpoint_folder(root, T5_XXL)
+        call_in_process(convert_all, checkpoint, checkpoint / "text_encoder", "int4", texts)
+    pictures = models.openvino_folder(root, XL_512, "ov-int8")
+    return models.join(folder, texts, pictures, ("transformer", "vae_decoder"), "LCMScheduler")
+
+
+# ==================================================================================================
+# Everything
+# ==================================================================================================
+
+
+def conversions(root: Path) -> Iterator[Task]:
+    """The DiT of 1024-MS and T5-XXL, from 16 and 32 bits; then a whole pipeline."""
+    scratch = root / "scratch"
+    wide = {name: root / "wide" / name for name in (XL_1024, T5_XXL)}
+    for name, folder in wide.items():
+        checkpoint = models.checkpoint_folder(root, name)
+        if not models.has_checkpoint(root, name, FULL):
+            call_in_process(models.build_checkpoint, root, name, FULL)
+        part = "text_encoder" if name == T5_XXL else "transformer"
+        call_in_process(widen, checkpoint / part, folder / part)
+    for stored, bytes_each in (("bf16", 2), ("fp32", 4)):
+        folder = models.checkpoint_folder(root, XL_1024) if stored == "bf16" else wide[XL_1024]
+        target = 1.5 * bytes_each * parameters(XL_1024, FULL)["transformer"] / 1e9 + 1
+        arguments = (folder, "transformer", "fp16", scratch)
+        yield Task(f"convert_dit {stored} fp16", target, 20, convert_one, arguments)
+    for stored, target in (("bf16", 12), ("fp32", 14)):
+        folder = models.checkpoint_folder(root, T5_XXL) if stored == "bf16" else wide[T5_XXL]
+        for weight_format in ("fp16", "int8", "int4"):
+            arguments = (folder, "text_encoder", weight_format, scratch)
+            name = f"convert_t5 {stored} {weight_format}"
+            yield Task(name, target, None, convert_one, arguments)
+    arguments = (models.checkpoint_folder(root, XL_1024), wide[T5_XXL], "int8", scratch)
+    yield Task("convert_pipeline int8", 14, None, convert_all, arguments)
+
+
+def pictures(root: Path) -> Iterator[Task]:
+    """Four-step pictures, with and without what saves memory."""
+    folder, cache = assemble_laptop(root), root / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    for pixels, target in ((512, 6.5), (1024, 8.0)):
+        yield Task(f"run {pixels}", target, None, paint, (folder, pixels, None, False))
+    yield Task("run 1024 tiling", 8.0, None, paint, (folder, 1024, None, True))
+    yield Task("run 512 release", 6.5, None, paint_released, (folder, 512))
+    for start in ("first", "second"):
+        name = f"run 512 CACHE_DIR, {start} start"
+        yield Task(name, 6.5, None, paint, (folder, 512, cache, False))
+
+
+def paint_released(folder: Path, pixels: int) -> Measured:
+    """`paint`, with the text encoder gone as soon as it has read a prompt."""
+    return paint(folder, pixels, None, False, release_text_encoder=True)
+
+
+def main(chosen: list[str]) -> None:
+    root, report = BUILD / "bench" / FULL.name, []
+    for group, lines in (("convert", conversions), ("run", pictures)):
+        wanted = tuple(name for name in chosen or [group] if name.startswith(group))
+        for task in lines(root) if wanted else ():
+            if not task.name.startswith(wanted):
+                continue
+            try:
+                measured = call_in_process(task.function, *task.arguments)
+            except WorkerError as error:
+                print(f"{task.name}: {error}", file=sys.stderr)
+                continue
+            finally:
+                shutil.rmtree(root / "scratch", ignore_errors=True)
+            report.append(row(task, measured))
+            print(text(report[-1]), flush=True)
+    (BUILD / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def row(task: Task, measured: Measured) -> dict[str, Any]:
+    """One line of the report."""
+    numbers = {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(measured).items()}
+    goals = {"target_gb": round(task.target_gb, 2), "target_s": task.target_s}
+    return {"case": task.name, **numbers, **goals}
+
+
+def text(line: dict[str, Any]) -> str:
+    """One line of the table on screen."""
+    reached = line["peak_gb"] <= line["target_gb"]
+    reached &= line["seconds"] <= (line["target_s"] or float("inf"))
+    said = f", said {line['said_gb']:.1f}" if line["said_gb"] else ""
+    return (
+        f"{line['case']:28} {line['peak_gb']:6.2f} GB of {line['target_gb']:.1f}{said}, "
+        f"{line['seconds']:6.1f} s{'' if reached else '  MISSED'}  {line['note']}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
