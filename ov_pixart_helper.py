@@ -430,8 +430,11 @@ class _MappedWeights:
 
     EVERY = 64_000_000  # bytes to be read before
 
-    def __init__(self, module: torch.nn.Module):
-        self.addresses = sorted({tensor.data_ptr() for tensor in module.state_dict().values()})
+    def __init__(self, module: torch.nn.Module | None = None, file: Path | None = None):
+        """What a module's weights are mapped from, or the weights of an IR."""
+        tensors = module.state_dict().values() if module is not None else ()
+        self.addresses = sorted({tensor.data_ptr() for tensor in tensors})
+        self.file = str(file.resolve()) if file else None
         self.since = 0
 
     def have_read(self, size: int) -> None:
@@ -449,9 +452,10 @@ class _MappedWeights:
         libc = ctypes.CDLL(None)
         for mapping in psutil.Process().memory_maps(grouped=False):
             start, end = (int(address, 16) for address in mapping.addr.split("-"))
-            is_ours = bisect.bisect_left(self.addresses, start) < bisect.bisect(self.addresses, end)
+            held = bisect.bisect_left(self.addresses, start) < bisect.bisect(self.addresses, end)
             is_file = mapping.path.startswith("/")
-            if is_ours and is_file and not mapping.anonymous and not mapping.swap:
+            is_ours = mapping.path == self.file or (held and is_file)
+            if is_ours and not mapping.anonymous and not mapping.swap:
                 libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
@@ -553,7 +557,9 @@ def _compress_weights(model: ov.Model, weight_format: str, config: Any) -> ov.Mo
 
 
 @contextlib.contextmanager
-def _weight_by_weight(mapped: _MappedWeights, tell: Callable[[str], None]) -> Iterator[None]:
+def _weight_by_weight(
+    mapped: _MappedWeights, tell: Callable[[str], None] = lambda doing: None
+) -> Iterator[None]:
     """Let NNCF drop each weight as soon as it is compressed, and tell how far it is.
 
     NNCF takes one weight after the other, the biggest first, but keeps all of them in a list of
@@ -2499,8 +2505,10 @@ def _optimize_part(
     model = _read_ir(source / name)
     config = SimpleNamespace(**_read_config(source / name / "config.json"))
     passes = recipe.scale_estimation + recipe.activations * (1 + (recipe.smooth_quant >= 0))
+    mapped = _MappedWeights(file=(source / name / IR_NAME).with_suffix(".bin"))
     with (
         _progress_bar(f"Calibrating {name}", passes * len(samples), "sample", progress) as bar,
+        _weight_by_weight(mapped),
         _silent_nncf(),
     ):
         model = _apply_recipe(model, recipe, config, samples, bar.update)

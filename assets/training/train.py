@@ -784,12 +784,13 @@ def train_transformer(
     pictures: dict[tuple[int, int], int] = LATENT_SETS,
     thing_weight: float = 1.0,
     batch: int = 16,
+    draws: tuple[int, ...] = (),
 ) -> None:
     """Trains the DiT on cached latents.
 
     Each step draws one picture size; `share` tells how often which, by how much of the stage is
     done. Every step sees about as many patches: `batch` pictures of 256², four times as many of
-    128².
+    128². `draws` is part of the seed.
     """
     torch.manual_seed(SEED)
     transformer = make_transformer()
@@ -809,7 +810,7 @@ def train_transformer(
     positions = {size: position_table(transformer, *(n // 8 for n in size)) for size in sets}
     alphas = make_scheduler().alphas_cumprod
     denoise = torch.compile(denoiser, dynamic=False)
-    seed = (SEED, 7, len(sets), *([len(run.name)] if pictures is not LATENT_SETS else []))
+    seed = (SEED, 7, len(sets), *draws)
     errors = []
     for step, done in run.loop(lambda: run.save(**parts), every=500):
         for optimizer in (muon, adamw):
@@ -876,6 +877,7 @@ def train_dit_longer(run: Run) -> None:
         pictures=LONGER_SETS,
         thing_weight=THING_WEIGHT,
         batch=32,
+        draws=(11,),
     )
 
 
@@ -891,6 +893,7 @@ def train_dit_bins(run: Run) -> None:
         pictures=BINS_SETS,
         thing_weight=THING_WEIGHT,
         batch=32,
+        draws=(8,),
     )
 
 
@@ -905,6 +908,7 @@ def train_dit_wide(run: Run) -> None:
         pictures=BINS_SETS,
         thing_weight=THING_WEIGHT,
         batch=32,
+        draws=(8,),
     )
 
 
@@ -1260,12 +1264,14 @@ def restore() -> None:
         "text/tokenizer": "tokenizer",
         "text/text_encoder": "text_encoder",
         "vae/vae": "vae",
-        "dit-longer/transformer": "transformer",
+        "dit-wide/transformer": "transformer",
         "decoder/vae": "vae",
+        "decoder-dit/vae": "vae",
     }
     for target, source in models.items():
         shutil.copytree(CHECKPOINT / source, STATE / target, dirs_exist_ok=True)
-    for name in ("text", "vae", "latents", "dit-128", "dit-256", "dit-finish", "decoder"):
+    dits = ("dit-128", "dit-256", "dit-finish", "dit-longer", "dit-bins", "dit-wide")
+    for name in ("text", "vae", "latents", *dits, "decoder", "decoder-dit"):
         Run(name, 0, math.inf).finish(restored_from=CHECKPOINT.as_posix())
 
 
