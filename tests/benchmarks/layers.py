@@ -14,7 +14,13 @@ from tests.benchmarks.engines import OneModel, load_openvino
 _COUNTERS = {"PERF_COUNT": "YES"}
 _RUNS = 5
 # What OpenVINO makes of matrix products
-_PRODUCTS = ("FullyConnected", "FullyConnectedCompressed", "FullyConnectedQuantized", "MatMul")
+_PRODUCTS = (
+    "FullyConnected",
+    "FullyConnectedCompressed",
+    "FullyConnectedQuantized",
+    "FullyConnectedQuantizedLegacy",
+    "MatMul",
+)
 _ATTENTION = "ScaledDotProductAttention"
 _GEMMS = ((1024, 1152, 4608), (1024, 4608, 1152))  # rows × inner × columns, the DiT's largest
 

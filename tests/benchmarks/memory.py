@@ -152,33 +152,42 @@ def assemble_laptop(root: Path) -> Path:
 # ==================================================================================================
 
 
-def conversions(root: Path) -> Iterator[Task]:
+def conversions(root: Path, is_wanted: Callable[[str], bool]) -> Iterator[Task]:
     """The DiT of 1024-MS and T5-XXL, from 16 and 32 bits; then a whole pipeline."""
     scratch = root / "scratch"
-    wide = {name: root / "wide" / name for name in (XL_1024, T5_XXL)}
-    for name, folder in wide.items():
-        checkpoint = models.checkpoint_folder(root, name)
-        if not models.has_checkpoint(root, name, FULL):
-            call_in_process(models.build_checkpoint, root, name, FULL)
-        part = "text_encoder" if name == T5_XXL else "transformer"
-        call_in_process(widen, checkpoint / part, folder / part)
     for stored, bytes_each in (("bf16", 2), ("fp32", 4)):
-        folder = models.checkpoint_folder(root, XL_1024) if stored == "bf16" else wide[XL_1024]
+        name = f"convert_dit {stored} fp16"
         target = 1.5 * bytes_each * parameters(XL_1024, FULL)["transformer"] / 1e9 + 1
-        arguments = (folder, "transformer", "fp16", scratch)
-        yield Task(f"convert_dit {stored} fp16", target, 20, convert_one, arguments)
+        if is_wanted(name):
+            arguments = (weights(root, XL_1024, stored), "transformer", "fp16", scratch)
+            yield Task(name, target, 20, convert_one, arguments)
     for stored, target in (("bf16", 12), ("fp32", 14)):
-        folder = models.checkpoint_folder(root, T5_XXL) if stored == "bf16" else wide[T5_XXL]
         for weight_format in ("fp16", "int8", "int4"):
-            arguments = (folder, "text_encoder", weight_format, scratch)
             name = f"convert_t5 {stored} {weight_format}"
-            yield Task(name, target, None, convert_one, arguments)
-    arguments = (models.checkpoint_folder(root, XL_1024), wide[T5_XXL], "int8", scratch)
-    yield Task("convert_pipeline int8", 14, None, convert_all, arguments)
+            if is_wanted(name):
+                arguments = (weights(root, T5_XXL, stored), "text_encoder", weight_format, scratch)
+                yield Task(name, target, None, convert_one, arguments)
+    if is_wanted("convert_pipeline int8"):
+        folders = (weights(root, XL_1024, "bf16"), weights(root, T5_XXL, "fp32"))
+        yield Task("convert_pipeline int8", 14, None, convert_all, (*folders, "int8", scratch))
 
 
-def pictures(root: Path) -> Iterator[Task]:
+def weights(root: Path, name: str, stored: str) -> Path:
+    """A checkpoint with random weights in 16 bits, or its largest model in 32."""
+    checkpoint = models.checkpoint_folder(root, name)
+    if not models.has_checkpoint(root, name, FULL):
+        call_in_process(models.build_checkpoint, root, name, FULL)
+    if stored == "bf16":
+        return checkpoint
+    part = "text_encoder" if name == T5_XXL else "transformer"
+    call_in_process(widen, checkpoint / part, root / "wide" / name / part)
+    return root / "wide" / name
+
+
+def pictures(root: Path, is_wanted: Callable[[str], bool]) -> Iterator[Task]:
     """Four-step pictures, with and without what saves memory."""
+    if not is_wanted("run"):
+        return
     folder, cache = assemble_laptop(root), root / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     for pixels, target in ((512, 6.5), (1024, 8.0)):
@@ -197,10 +206,13 @@ def paint_released(folder: Path, pixels: int) -> Measured:
 
 def main(chosen: list[str]) -> None:
     root, report = BUILD / "bench" / FULL.name, []
-    for group, lines in (("convert", conversions), ("run", pictures)):
-        wanted = tuple(name for name in chosen or [group] if name.startswith(group))
-        for task in lines(root) if wanted else ():
-            if not task.name.startswith(wanted):
+
+    def is_wanted(name: str) -> bool:
+        return not chosen or any(name.startswith(one) or one.startswith(name) for one in chosen)
+
+    for lines in (conversions, pictures):
+        for task in lines(root, is_wanted):
+            if not is_wanted(task.name):
                 continue
             try:
                 measured = call_in_process(task.function, *task.arguments)
@@ -233,4 +245,6 @@ def text(line: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    from tests.benchmarks.memory import main  # under its name: other processes look it up
+
     main(sys.argv[1:])
