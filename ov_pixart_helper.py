@@ -1526,7 +1526,23 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
             inputs = {"input_ids": filled[:, 0], "attention_mask": filled[:, 1]}
             answers += [answer.copy() for answer in self.request(inputs)[0][: len(part)]]
+        _give_back_file(self)
         return answers
+
+
+def _give_back_file(part: OVPipelinePart) -> None:
+    """Give the memory of an IR's file back after the first run of a compiled model.
+
+    The first run puts weights into the form that the processor likes; from there on, the file is
+    a second copy of them.
+    """
+    if getattr(part, "_given_back", None) is not part.request:
+        part._given_back = part.request
+        _mapped_file(part).give_back()
+
+
+def _mapped_file(part: OVPipelinePart) -> _MappedWeights:
+    return _MappedWeights(file=Path(part.model_save_dir, IR_NAME).with_suffix(".bin"))
 
 
 def _release_memory() -> None:
@@ -1598,6 +1614,7 @@ class OVPixArtTransformer(OVPipelinePart):
             self.request({k: v[i : i + size] for k, v in arrays.items()}, share_inputs=True)[0]
             for i in range(0, rows, size)
         ]
+        _give_back_file(self)
         return results[0] if len(results) == 1 else np.concatenate(results)
 
 
@@ -1640,7 +1657,9 @@ class OVPixArtVae(OVModelVae):
         return ModelOutput(sample=torch.cat([decode(part) for part in parts]))
 
     def _decode_whole(self, latents: torch.Tensor) -> torch.Tensor:
-        return self.decoder(latents.contiguous())[0]
+        decoded = self.decoder(latents.contiguous())[0]
+        _give_back_file(self.decoder)
+        return decoded
 
     def _decode_tiled(self, latents: torch.Tensor) -> torch.Tensor:
         """diffusers' own method, on what it looks for in its VAE."""
@@ -1702,6 +1721,7 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         for name, part in self.components.items():
             if name != "text_encoder" or not self._releases_text_encoder:
                 part.compile()
+                _mapped_file(part).give_back()
 
     def release_text_encoder(self) -> None:
         """Let go of the text encoder, most of the memory, until a new prompt needs it.
