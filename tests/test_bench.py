@@ -71,7 +71,7 @@ def test_the_checkpoint_is_laid_out_as_published(measured):
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     with safe_open(weights, framework="pt") as tensors:
         assert "caption_projection.y_embedding" in tensors.keys()  # noqa: SIM118
-    assert helper._stored_weights(folder / "transformer") == (None, torch.bfloat16)
+    assert helper._stored_weights(folder / "transformer") == (None, [weights], torch.bfloat16)
 
 
 def test_the_irs_are_those_that_convert_pipeline_wrote(measured):
