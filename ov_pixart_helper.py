@@ -456,10 +456,12 @@ class _MappedWeights:
             is_file = mapping.path.startswith("/")
             is_ours = mapping.path == self.file or (held and is_file)
             if is_ours and not mapping.anonymous and not mapping.swap:
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
 
 
-_MADV_DONTNEED = 4  # of Linux's <sys/mman.h>
+# Of Linux's <sys/mman.h>. MADV_DONTNEED would be quicker, but loses data where, between looking and
+# doing, another thread has put something else at this address.
+_MADV_PAGEOUT = 21
 
 
 # ---- the three models, converted and written ----------------------------------------------------
