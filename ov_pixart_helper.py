@@ -1538,8 +1538,9 @@ def _give_back_file(part: OVPipelinePart) -> None:
     The first run puts weights into the form that the processor likes; from there on, the file is
     a second copy of them.
     """
-    if getattr(part, "_given_back", None) is not part.request:
-        part._given_back = part.request
+    known = getattr(part, "_given_back", None)
+    if known is None or known() is not part.request:
+        part._given_back = weakref.ref(part.request)  # or what is released would stay
         _mapped_file(part).give_back()
 
 

@@ -4,6 +4,7 @@ the full size."""
 import re
 import shutil
 import sys
+import weakref
 from collections import namedtuple
 from pathlib import Path
 
@@ -176,3 +177,12 @@ def test_compressing_an_ir_does_not_hold_all_of_it(models, tmp_path):
     (tmp_path / "out").mkdir()
     taken = call_in_process(megabytes_to_optimise, tmp_path, tmp_path / "out")
     assert taken < 1.3 * size  # half of it is the result; together they would be 1.5
+
+
+def test_a_released_text_encoder_is_held_by_nothing(fresh_pipeline):
+    pipeline = fresh_pipeline("alpha")
+    pipeline.encode_prompt("a red circle", do_classifier_free_guidance=False)
+    compiled = weakref.ref(pipeline.text_encoder.request)
+    assert compiled() is not None
+    pipeline.release_text_encoder()
+    assert compiled() is None

@@ -866,50 +866,44 @@ def train_dit_finish(run: Run) -> None:
     train_transformer(run, lambda done: sizes, lr=9e-4, start=STATE / "dit-256")
 
 
-def train_dit_longer(run: Run) -> None:
-    """Once more from a high learning rate to nothing, on more pictures; outlines count triple."""
-    sizes = {(256, 256): 0.76} | dict.fromkeys(BINS, 0.06)
+def train_on(
+    run: Run,
+    sizes: dict[tuple[int, int], float],
+    lr: float,
+    start: str,
+    pictures: dict[tuple[int, int], int],
+    draws: int,
+) -> None:
+    """One of the late stages: picture sizes in fixed shares, and outlines count triple."""
     train_transformer(
         run,
         lambda done: sizes,
-        lr=1.2e-3,
-        start=STATE / "dit-finish",
-        pictures=LONGER_SETS,
+        lr,
+        STATE / start,
+        pictures=pictures,
         thing_weight=THING_WEIGHT,
         batch=32,
-        draws=(11,),
+        draws=(draws,),
     )
+
+
+def train_dit_longer(run: Run) -> None:
+    """Once more from a high learning rate to nothing, on more pictures."""
+    sizes = {(256, 256): 0.76} | dict.fromkeys(BINS, 0.06)
+    train_on(run, sizes, 1.2e-3, "dit-finish", LONGER_SETS, draws=11)
 
 
 def train_dit_bins(run: Run) -> None:
     """Mostly the aspect bins: each stretches PatchEmbed's positions its own way (see
     `position_table`), so that a shape learned in one has to be learned again in the next."""
     sizes = {(256, 256): 0.28} | dict.fromkeys(BINS, 0.18)
-    train_transformer(
-        run,
-        lambda done: sizes,
-        lr=1e-3,
-        start=STATE / "dit-longer",
-        pictures=BINS_SETS,
-        thing_weight=THING_WEIGHT,
-        batch=32,
-        draws=(8,),
-    )
+    train_on(run, sizes, 1e-3, "dit-longer", BINS_SETS, draws=8)
 
 
 def train_dit_wide(run: Run) -> None:
     """Mostly what was still behind: 4:3, and then 9:16."""
     sizes = dict(zip([(256, 256), *BINS], (0.2, 0.4, 0.08, 0.12, 0.2), strict=True))
-    train_transformer(
-        run,
-        lambda done: sizes,
-        lr=7e-4,
-        start=STATE / "dit-bins",
-        pictures=BINS_SETS,
-        thing_weight=THING_WEIGHT,
-        batch=32,
-        draws=(8,),
-    )
+    train_on(run, sizes, 7e-4, "dit-bins", BINS_SETS, draws=8)
 
 
 def average_dits(run: Run) -> None:

@@ -26,8 +26,6 @@ from tests.benchmarks.bench import BUILD
 from tests.benchmarks.cases import FULL, T5_XXL, XL_512, XL_1024, parameters
 from tests.benchmarks.workers import WorkerError, call_in_process
 
-PROMPT = "a lighthouse on a cliff in a storm, oil painting"
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -104,11 +102,19 @@ def widen(folder: Path, output: Path) -> None:
 # ==================================================================================================
 
 
-def paint(folder: Path, pixels: int, cache: Path | None, tiling: bool, **options) -> Measured:
+def paint(
+    folder: Path,
+    pixels: int,
+    cache: Path | None = None,
+    tiling: bool = False,
+    release: bool = False,
+) -> Measured:
     """Load a pipeline and paint in four steps: two pictures of one prompt, one of another."""
     config = {"CACHE_DIR": str(cache)} if cache else {}
     start = time.perf_counter()
-    pipeline = helper.OVPixArtAlphaPipeline.from_pretrained(folder, ov_config=config, **options)
+    pipeline = helper.OVPixArtAlphaPipeline.from_pretrained(
+        folder, ov_config=config, release_text_encoder=release
+    )
     loaded = time.perf_counter() - start
     pipeline.set_progress_bar_config(disable=True)
     if tiling:
@@ -137,12 +143,13 @@ def paint(folder: Path, pixels: int, cache: Path | None, tiling: bool, **options
 def assemble_laptop(root: Path) -> Path:
     """What a laptop would run: INT4 T5, INT8 DiT and VAE decoder, LCM's scheduler."""
     folder, texts = root / "laptop", root / "laptop-t5"
+    weights(root, XL_512, "bf16")
     for engine in ("ov-fp16", "ov-int8"):
         if not models.has_openvino(root, XL_512, engine):
             call_in_process(models.build_openvino, root, XL_512, engine, FULL)
     if not (texts / helper.MODEL_INDEX).is_file():
-        checkpoint = models.checkpoint_folder(root, T5_XXL)
-        call_in_process(convert_all, checkpoint, checkpoint / "text_encoder", "int4", texts)
+        checkpoint = weights(root, T5_XXL, "bf16")
+        call_in_process(convert_all, checkpoint, checkpoint, "int4", texts)
     pictures = models.openvino_folder(root, XL_512, "ov-int8")
     return models.join(folder, texts, pictures, ("transformer", "vae_decoder"), "LCMScheduler")
 
@@ -191,17 +198,12 @@ def pictures(root: Path, is_wanted: Callable[[str], bool]) -> Iterator[Task]:
     folder, cache = assemble_laptop(root), root / "cache"
     shutil.rmtree(cache, ignore_errors=True)
     for pixels, target in ((512, 6.5), (1024, 8.0)):
-        yield Task(f"run {pixels}", target, None, paint, (folder, pixels, None, False))
+        yield Task(f"run {pixels}", target, None, paint, (folder, pixels))
     yield Task("run 1024 tiling", 8.0, None, paint, (folder, 1024, None, True))
-    yield Task("run 512 release", 6.5, None, paint_released, (folder, 512))
+    yield Task("run 512 release", 6.5, None, paint, (folder, 512, None, False, True))
     for start in ("first", "second"):
         name = f"run 512 CACHE_DIR, {start} start"
-        yield Task(name, 6.5, None, paint, (folder, 512, cache, False))
-
-
-def paint_released(folder: Path, pixels: int) -> Measured:
-    """`paint`, with the text encoder gone as soon as it has read a prompt."""
-    return paint(folder, pixels, None, False, release_text_encoder=True)
+        yield Task(name, 6.5, None, paint, (folder, 512, cache))
 
 
 def main(chosen: list[str]) -> None:
