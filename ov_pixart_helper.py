@@ -982,8 +982,8 @@ def _check_resources(costs: dict[str, _Cost], output_dir: Path) -> None:
             )
     disk = sum(cost.disk for cost in costs.values())
     there = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    if disk > free:
+    total, _, free = shutil.disk_usage(there)
+    if total and disk > free:  # a place without a disk, as /sys, refuses in its own words
         raise OSError(
             f"output_dir={str(output_dir)!r} needs {disk / 1e9:.1f} GB of disk, and "
             f"{free / 1e9:.1f} GB are free: make room there, or name another folder."
