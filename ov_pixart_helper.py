@@ -2800,13 +2800,15 @@ class _CalibrationData:
         pipeline = loaders["α" if is_alpha else "Σ"].from_pretrained(self.source, compile=False)
         pipeline.set_progress_bar_config(disable=True)
         sizes = _calibration_sizes(pipeline, settings)
+        texts = [_encode(pipeline, prompt, settings.guidance_scale) for prompt in self.prompts]
+        pipeline.release_text_encoder()  # or it would be in memory beside the others, in 16 bits
         arrays = {}
-        with _progress_bar("Drawing", len(self.prompts), "picture", progress) as bar:
-            for i, prompt in enumerate(self.prompts):
+        with _progress_bar("Drawing", len(texts), "picture", progress) as bar:
+            for i, text in enumerate(texts):
                 height, width = sizes[i % len(sizes)]
                 picture = _record_picture(
                     pipeline,
-                    prompt=prompt,
+                    **text,
                     height=height,
                     width=width,
                     num_inference_steps=settings.num_inference_steps,
@@ -2829,6 +2831,21 @@ class _CalibrationData:
 
 _BY_STEP = ("hidden_states", "timestep")  # the other inputs stay the same for a whole picture
 _DTYPES = {"encoder_attention_mask": np.int64}  # the other inputs are float32
+
+
+def _encode(
+    pipeline: _OVPixArtPipeline, prompt: str, guidance_scale: float
+) -> dict[str, torch.Tensor | None]:
+    """A prompt as arguments of the pipeline's call that do not need the text encoder."""
+    names = ("prompt_embeds", "prompt_attention_mask")
+    names += tuple(f"negative_{name}" for name in names)
+    tensors = pipeline.encode_prompt(
+        prompt,
+        do_classifier_free_guidance=guidance_scale > 1,
+        clean_caption=True,
+        max_sequence_length=pipeline._family_tokens,
+    )
+    return dict(zip(names, tensors, strict=True))
 
 
 def _record_picture(pipeline: _OVPixArtPipeline, *, first: int, **call) -> dict[str, np.ndarray]:

@@ -240,6 +240,19 @@ def test_pictures_are_drawn_once_for_all_presets(optimized, fp16, tmp_path, monk
     shutil.rmtree(fp16.parent / "again")
 
 
+def test_pictures_are_drawn_without_the_text_encoder(fp16, tmp_path, monkeypatch):
+    loaded, draw = [], helper._record_picture
+
+    def watch(pipeline, **call):
+        loaded.append(pipeline.text_encoder.request)
+        return draw(pipeline, **call)
+
+    monkeypatch.setattr(helper, "_record_picture", watch)
+    data = helper._CalibrationData(fp16, tmp_path, PROMPTS[:2], 10, 0)
+    data.samples("vae_decoder", progress=False)
+    assert loaded == [None, None]
+
+
 def test_the_same_seed_gives_the_same_bytes(optimized, fp16, tmp_path):
     again = optimize_pipeline(fp16, tmp_path / "int8", "int8", **DATA)  # draws again, too
     for part in PARTS:
