@@ -1518,18 +1518,36 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
         return ModelOutput(last_hidden_state=torch.from_numpy(stacked))
 
     def _read(self, texts: np.ndarray) -> list[np.ndarray]:
-        """Run the model on `(N, 2, L)` ids and masks; a static batch is filled up with the last."""
+        """Run the model on `(N, 2, L)` ids and masks; a static batch is filled up with the last.
+
+        What only fills a text up to L is not read, unless the shapes are static, and zeros stand
+        for what T5 would have said of it: the DiT looks at none of it.
+        """
         self.compile()
-        batch = self.input_shape[0]
+        batch, tokens = self.input_shape
         size = 1 if batch.is_dynamic else batch.get_length()
         answers = []
         for i in range(0, len(texts), size):
             part = texts[i : i + size]
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
-            inputs = {"input_ids": filled[:, 0], "attention_mask": filled[:, 1]}
-            answers += [answer.copy() for answer in self.request(inputs)[0][: len(part)]]
-        _give_back_file(self)
+            read = filled[:, :, : _count_tokens(filled[:, 1])] if tokens.is_dynamic else filled
+            said = self.request({"input_ids": read[:, 0], "attention_mask": read[:, 1]})[0]
+            padding = ((0, 0), (0, filled.shape[2] - read.shape[2]), (0, 0))
+            answers += list(np.pad(said[: len(part)], padding))
+        if not self.parent_pipeline._releases_text_encoder:  # or all of it goes anyway
+            _give_back_file(self)
         return answers
+
+
+def _count_tokens(masks: np.ndarray | torch.Tensor) -> int:
+    """How many tokens of `(B, L)` masks to read, so that only padding is left out.
+
+    A text without any token is left as it is: its padding would be all there is to look at.
+    """
+    read = torch.as_tensor(masks) > 0
+    if not read.any(dim=1).all():
+        return read.shape[1]
+    return int(read.any(dim=0).nonzero()[-1]) + 1
 
 
 def _give_back_file(part: OVPipelinePart) -> None:
@@ -1584,6 +1602,10 @@ class OVPixArtTransformer(OVPipelinePart):
         self.compile()
         if encoder_attention_mask is None:
             encoder_attention_mask = torch.ones(encoder_hidden_states.shape[:2])
+        if self.model.input("encoder_attention_mask").get_partial_shape()[1].is_dynamic:
+            tokens = _count_tokens(encoder_attention_mask)
+            encoder_hidden_states = encoder_hidden_states[:, :tokens]
+            encoder_attention_mask = encoder_attention_mask[:, :tokens]
         inputs = {
             "hidden_states": hidden_states,
             "timestep": torch.as_tensor(timestep).expand(hidden_states.shape[0]),
@@ -1720,11 +1742,17 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
             self.compile()
 
     def compile(self) -> None:
-        """Compile all models, but for a text encoder that is in memory only when it reads."""
+        """Compile all models, but for a text encoder that is in memory only when it reads.
+
+        It comes last and is the first to run, so that its file is needed right away; those of the
+        others would lie in memory until the text is read.
+        """
         for name, part in self.components.items():
-            if name != "text_encoder" or not self._releases_text_encoder:
+            if name != "text_encoder":
                 part.compile()
                 _mapped_file(part).give_back()
+        if self.text_encoder is not None and not self._releases_text_encoder:
+            self.text_encoder.compile()
 
     def release_text_encoder(self) -> None:
         """Let go of the text encoder, most of the memory, until a new prompt needs it.

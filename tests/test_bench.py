@@ -14,6 +14,8 @@ import ov_pixart_helper as helper
 from assets.bench import report
 from tests.benchmarks import bench, checkpoints
 from tests.benchmarks import cases as plan
+from tests.benchmarks.layers import profile_step
+from tests.benchmarks.settings import Setting, measure
 from tests.benchmarks.workers import WorkerError, call_in_process, worker
 
 MINIATURE = plan.Scale(
@@ -72,6 +74,41 @@ def test_the_checkpoint_is_laid_out_as_published(measured):
     with safe_open(weights, framework="pt") as tensors:
         assert "caption_projection.y_embedding" in tensors.keys()  # noqa: SIM118
     assert helper._stored_weights(folder / "transformer") == (None, [weights], torch.bfloat16)
+
+
+def _folder(measured: Path) -> Path:
+    return checkpoints.openvino_folder(measured / "miniature", plan.XL_512, "ov-fp16")
+
+
+def test_settings_take_turns_with_what_they_are_held_against(measured):
+    settings = (
+        Setting(CASE, "default"),
+        Setting(CASE, "static shapes", static=True),
+        Setting(CASE, "two rows", {"INFERENCE_NUM_THREADS": 1}, rows=2),
+        Setting(CASE, "two calls", calls=2, against="two rows"),
+    )
+    lines = measure(settings, _folder(measured), "ov-fp16", MINIATURE, turns=2)
+    assert [line["setting"] for line in lines] == [setting.name for setting in settings]
+    assert all(line["seconds"] > 0 for line in lines)
+    seconds = {line["setting"]: line["seconds"] for line in lines}
+    assert lines[0]["ratio"] == 1
+    expected = seconds["two calls"] / seconds["two rows"]
+    assert lines[3]["ratio"] == pytest.approx(expected, rel=0.2)  # seconds are rounded
+
+
+def test_a_setting_that_does_not_work_is_named_and_left_out(measured, capsys):
+    settings = (Setting(CASE, "default"), Setting(CASE, "nonsense", {"NO_SUCH_PROPERTY": 1}))
+    lines = measure(settings, _folder(measured), "ov-fp16", MINIATURE, turns=1)
+    assert [line["setting"] for line in lines] == ["default"]
+    assert "nonsense" in capsys.readouterr().err
+
+
+def test_the_profile_tells_what_depends_on_the_prompt_alone(measured):
+    arguments = (plan.CASES[CASE], "ov-fp16", _folder(measured), MINIATURE)
+    profile = call_in_process(profile_step, *arguments)
+    assert 0 < profile["text_side"]["share"] < 1
+    assert sum(one["share"] for one in profile["by_type"]) == pytest.approx(1)
+    assert profile["text_side"]["seconds"] < profile["seconds"]
 
 
 def test_the_irs_are_those_that_convert_pipeline_wrote(measured):

@@ -138,6 +138,38 @@ def test_padding_does_not_show(ov_pipeline):
     assert_same(draw(pipeline, max_sequence_length=40), draw(pipeline, max_sequence_length=70))
 
 
+@torch.no_grad()
+def test_padding_is_neither_read_nor_looked_at(fresh_pipeline, torch_pipeline, monkeypatch):
+    pipeline, seen = fresh_pipeline("alpha"), {}
+    count = helper._count_tokens
+    words = len(pipeline.tokenizer(SMALL["prompt"]).input_ids)
+    for name in ("text_encoder", "transformer"):
+        part = getattr(pipeline, name)
+
+        def watch(inputs, part=part, run=part.request, name=name, **options):
+            key = "input_ids" if name == "text_encoder" else "encoder_hidden_states"
+            seen.setdefault(name, []).append(np.asarray(inputs[key]).shape[1])
+            return run(inputs, **options)
+
+        monkeypatch.setattr(part, "request", watch)
+    short = draw(pipeline)
+    assert sorted(set(seen["text_encoder"])) == [1, words]  # no prompt is one token
+    assert set(seen["transformer"]) == {words}
+
+    said, mask = pipeline.encode_prompt(SMALL["prompt"], do_classifier_free_guidance=False)[:2]
+    assert said.shape[1] == 120 and mask.sum() == words
+    assert (said[:, words:] == 0).all()
+    expected = torch_pipeline("alpha").encode_prompt(SMALL["prompt"], False)[0]
+    assert torch.allclose(said[:, :words], expected[:, :words], atol=1e-4)
+
+    pipeline.text_encoder.forget()
+    monkeypatch.setattr(helper, "_count_tokens", lambda masks: masks.shape[1])
+    assert_same(short, draw(pipeline))
+    assert max(seen["text_encoder"]) == max(seen["transformer"]) > words
+    assert [count(mask) for mask in ([[1, 1, 0]], [[1, 0, 0], [1, 1, 0]], [[0, 1, 0]])] == [2, 2, 2]
+    assert count([[0, 0, 0], [1, 0, 0]]) == 3  # who has nothing else to look at keeps it
+
+
 @pytest.mark.parametrize("family", ["alpha", "alpha-ms"])
 def test_sixteen_bits_know_where_in_the_schedule_they_are(family, converted, torch_pipeline):
     """In bfloat16, OpenVINO's own choice where the CPU has it, noise is as good as torch's."""

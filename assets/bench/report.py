@@ -24,7 +24,7 @@ _TITLES = {
     "dit_step_1024": "One DiT step, 1024²",
     "vae_decode_512": "VAE decoder, 512²",
     "vae_decode_1024": "VAE decoder, 1024²",
-    "t5_encode_120": "T5-XXL, 120 tokens",
+    "t5_encode_120": "T5-XXL, a prompt of 30 tokens",
     "image_512_4step": "Picture of 512², 4 steps",
     "image_512_20step_cfg": "Picture of 512², 20 steps, guided",
     "convert_dit": "Conversion of the DiT",

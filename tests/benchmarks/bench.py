@@ -421,6 +421,8 @@ def describe(content: dict[str, Any]) -> list[str]:
         lines.append("  by primitive:")
         for layer in profile["by_primitive"][:6]:
             lines.append(f"  {layer['name']:48}{layer['share']:7.1%}")
+        if text := profile.get("text_side"):  # reports of before have none
+            lines.append(f"  of it the same in every step of a picture: {text['share']:.1%}")
         peaks, matmul = profile["peak_gflop_per_s"], profile["matmul"]
         lines.append(
             f"  matrix products: {matmul['gflop_per_s']:.0f} GFLOP/s, {matmul['share_of_peak']:.0%}"

@@ -36,7 +36,7 @@ CASES = {
         Case("dit_step_1024", "dit", XL_1024, "One step of the DiT at 1024²", 1024),
         Case("vae_decode_512", "vae", XL_512, "VAE decoder at 512²"),
         Case("vae_decode_1024", "vae", XL_512, "VAE decoder at 1024²", 1024),
-        Case("t5_encode_120", "t5", T5_XXL, "T5-XXL encoder, 120 tokens"),
+        Case("t5_encode_120", "t5", T5_XXL, "T5-XXL encoder, 30 tokens padded to 120"),
         Case("image_512_4step", "image", XL_512, "A picture of 512² in 4 steps (LCM)", steps=4),
         Case(
             "image_512_20step_cfg",

@@ -40,8 +40,13 @@ class Runner:
             painter = TorchPainter if engine in TORCH else OpenVINOPainter
             self.measured = painter(case, engine, folder, scale)
         else:
-            load = _load_torch if engine in TORCH else _load_openvino
-            self.measured = OneModel(load(case, engine, folder), case, engine, scale)
+            is_torch = engine in TORCH
+            model = (
+                _load_torch(case, engine, folder)
+                if is_torch
+                else stage(case, load_openvino(folder))
+            )
+            self.measured = OneModel(model, case, engine, scale)
 
     def warm_up(self) -> None:
         """Run once without the stopwatch. What comes out has to be finite."""
@@ -53,7 +58,8 @@ class Runner:
         return {"seconds": seconds, "peak_rss_gb": helper._peak_memory_mb() / 1000}
 
 
-def _clock(function: Callable[[], Any]) -> tuple[float, Any]:
+def clock(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds that `function` takes, and what it returns."""
     start = time.perf_counter()
     with torch.inference_mode():
         result = function()
@@ -82,12 +88,12 @@ class OneModel:
     def warm_up(self) -> None:
         inputs = self.inputs(99)  # outside of inference mode, as in `run`, or torch compiles again
         for _ in range(2 if self.is_compiled else 1):  # the first call of those compiles
-            _, result = _clock(lambda: self.call(**inputs))
+            _, result = clock(lambda: self.call(**inputs))
         _check_finite(result[0])
 
     def run(self, turn: int) -> float:
         inputs = self.inputs(turn)
-        return _clock(lambda: self.call(**inputs))[0]
+        return clock(lambda: self.call(**inputs))[0]
 
     def inputs(self, turn: int) -> dict[str, Any]:
         """Other numbers each time, so that nothing can be remembered."""
@@ -148,15 +154,19 @@ def _load_torch(case: Case, engine: str, folder: Path) -> Callable[..., Any]:
     return lambda **inputs: module(**inputs, return_dict=False)
 
 
-def load_openvino(folder: Path) -> helper.OVPixArtAlphaPipeline:
+def load_openvino(folder: Path, **options: Any) -> helper.OVPixArtAlphaPipeline:
     """The pipeline as everyone gets it; models compile when they are called first."""
-    pipeline = helper.OVPixArtAlphaPipeline.from_pretrained(folder, compile=False)
+    pipeline = helper.OVPixArtAlphaPipeline.from_pretrained(folder, compile=False, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def _load_openvino(case: Case, engine: str, folder: Path) -> Callable[..., Any]:
-    pipeline = load_openvino(folder)
+    return stage(case, load_openvino(folder))
+
+
+def stage(case: Case, pipeline: helper.OVPixArtAlphaPipeline) -> Callable[..., Any]:
+    """The one model of a pipeline that a case is about."""
     if case.kind == "vae":
         return lambda latents: pipeline.vae.decode(latents, return_dict=False)
     if case.kind == "t5":
@@ -216,7 +226,7 @@ class OpenVINOPainter(_Painter):
     def paint(self, turn: int, steps: int) -> tuple[float, Any]:
         call = self.call(turn, steps)
         self.pipeline.text_encoder.forget()  # the empty negative prompt, too, is read in each turn
-        return _clock(lambda: self.pipeline(self.prompts[turn], **call).images)
+        return clock(lambda: self.pipeline(self.prompts[turn], **call).images)
 
 
 class TorchPainter(_Painter):
@@ -236,7 +246,7 @@ class TorchPainter(_Painter):
         if self.dtype != torch.float32:
             self.kept = pipeline
         call = {**self.call(turn, steps), **text, "prompt": None, "negative_prompt": None}
-        seconds, images = _clock(lambda: pipeline(**call).images)
+        seconds, images = clock(lambda: pipeline(**call).images)
         return text_seconds + seconds, images
 
     def _encode(self, turn: int) -> tuple[float, dict[str, torch.Tensor]]:
@@ -246,8 +256,8 @@ class TorchPainter(_Painter):
             do_classifier_free_guidance=self.case.guidance > 1,
             max_sequence_length=TEXT_TOKENS,
         )
-        _clock(lambda: encode("warm up"))
-        seconds, tensors = _clock(lambda: encode(self.prompts[turn]))
+        clock(lambda: encode("warm up"))
+        seconds, tensors = clock(lambda: encode(self.prompts[turn]))
         encoder.text_encoder = None
         gc.collect()
         names = ("prompt_embeds", "prompt_attention_mask")

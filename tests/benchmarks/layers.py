@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,6 +22,8 @@ _PRODUCTS = (
     "MatMul",
 )
 _ATTENTION = "ScaledDotProductAttention"
+# What depends on the prompt alone and could be computed once a picture instead of once a step
+_TEXT_SIDE = (".caption_projection.", ".attn2.to_k/", ".attn2.to_v/")
 _GEMMS = ((1024, 1152, 4608), (1024, 4608, 1152))  # rows × inner × columns, the DiT's largest
 
 
@@ -29,17 +31,19 @@ def profile_step(case: Case, engine: str, folder: Path, scale: Scale) -> dict[st
     """Run one step of the DiT with OpenVINO's counters on, then nothing but matrix products.
 
     Returns seconds and shares by layer type and by primitive (which kernel OpenVINO chose, in
-    which precision), and the rate of the matrix products beside the best that this machine does.
+    which precision), the share of what depends on the prompt alone, and the rate of the matrix
+    products beside the best that this machine does.
     """
     transformer = load_openvino(folder).transformer
     inputs = OneModel(transformer, case, engine, scale).inputs(0)
     transformer.ov_config.update(_COUNTERS)
     arrays = _record_inputs(transformer, inputs)
     infos = _median_run(transformer.request, arrays)
-    total = sum(seconds for *_, seconds in infos)
+    total = sum(one.seconds for one in infos)
     flops = _flops(transformer.model, arrays)
-    products = sum(seconds for kind, _, seconds in infos if kind in _PRODUCTS)
-    attention = sum(seconds for kind, _, seconds in infos if kind.startswith("attention"))
+    products = sum(one.seconds for one in infos if one.kind in _PRODUCTS)
+    attention = sum(one.seconds for one in infos if one.kind.startswith("attention"))
+    text = sum(one.seconds for one in infos if any(part in one.name for part in _TEXT_SIDE))
     peaks = gemm_peaks(shrink=scale.shrink)
     rate = flops["MatMul"] / products / 1e9 if products else 0.0
     best = peaks["int8"] if "int8" in engine or "int4" in engine else peaks["float"]
@@ -47,8 +51,9 @@ def profile_step(case: Case, engine: str, folder: Path, scale: Scale) -> dict[st
         "case": case.name,
         "engine": engine,
         "seconds": total,
-        "by_type": _summary((kind, seconds) for kind, _, seconds in infos),
-        "by_primitive": _summary((f"{kind}: {how}", seconds) for kind, how, seconds in infos),
+        "by_type": _summary((one.kind, one.seconds) for one in infos),
+        "by_primitive": _summary((f"{one.kind}: {one.primitive}", one.seconds) for one in infos),
+        "text_side": {"seconds": text, "share": text / total},
         "matmul": {
             "gflop": flops["MatMul"] / 1e9,
             "seconds": products,
@@ -81,21 +86,28 @@ def _record_inputs(transformer: Any, inputs: dict[str, Any]) -> dict[str, np.nda
     return recorded
 
 
-def _median_run(
-    compiled: ov.CompiledModel, arrays: dict[str, np.ndarray]
-) -> list[tuple[str, str, float]]:
-    """Layer type, primitive and seconds of every layer that ran, in the run of median length."""
+class _Layer(NamedTuple):
+    """A layer that ran: its name in the IR, its type, which kernel it took, and how long."""
+
+    name: str
+    kind: str
+    primitive: str
+    seconds: float
+
+
+def _median_run(compiled: ov.CompiledModel, arrays: dict[str, np.ndarray]) -> list[_Layer]:
+    """The layers of the run of median length."""
     request = compiled.create_infer_request()
     runs = []
     for _ in range(1 + _RUNS):
         request.infer(arrays)
         infos = [
-            (_kind(info), info.exec_type, info.real_time.total_seconds())
+            _Layer(info.node_name, _kind(info), info.exec_type, info.real_time.total_seconds())
             for info in request.profiling_info
             if info.status == ov.ProfilingInfo.Status.EXECUTED
         ]
         runs.append(infos)
-    runs = sorted(runs[1:], key=lambda infos: sum(seconds for *_, seconds in infos))
+    runs = sorted(runs[1:], key=lambda infos: sum(one.seconds for one in infos))
     return runs[len(runs) // 2]
 
 
@@ -149,7 +161,7 @@ def gemm_peaks(shrink: int = 1) -> dict[str, float]:
                 model, "CPU", {"PERFORMANCE_HINT": "LATENCY", **_COUNTERS}
             )
             infos = _median_run(compiled, {"x": x})
-            seconds = sum(s for kind, _, s in infos if kind in _PRODUCTS)
+            seconds = sum(one.seconds for one in infos if one.kind in _PRODUCTS)
             if seconds:
                 rate = 2e-9 * x.size * (columns // shrink) / seconds
                 peaks[name] = max(peaks[name], rate)

@@ -1,0 +1,162 @@
+"""What else the machine can give: settings against what the tutorial does by default, at real size.
+
+    python -m tests.benchmarks.settings             # everything, after `make bench`
+    python -m tests.benchmarks.settings dit vae     # settings of these models
+
+Each setting lives in a process of its own with the IRs of `make bench`, beside one with the
+defaults; they take turns. A ratio below 0.97 would be worth having, see README. The report is
+`build/settings.json`.
+"""
+
+import contextlib
+import statistics
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ov_pixart_helper as helper
+from tests.benchmarks import checkpoints as models
+from tests.benchmarks.bench import BUILD, describe_machine
+from tests.benchmarks.cases import CASES, FULL, Scale
+from tests.benchmarks.engines import OneModel, clock, load_openvino, stage
+from tests.benchmarks.workers import Worker, WorkerError, worker
+
+TURNS = 7
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One thing that is done otherwise. `config`: OpenVINO's properties; `static`: shapes are
+    fixed; `rows`: pictures a call, `calls`: how many calls one turn has."""
+
+    case: str
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    static: bool = False
+    rows: int = 1
+    calls: int = 1
+    against: str = "default"
+
+
+SETTINGS = (
+    Setting("dit_step_512", "default"),
+    Setting("dit_step_512", "static shapes", static=True),
+    Setting("dit_step_512", "float32 between", {"INFERENCE_PRECISION_HINT": "f32"}),
+    Setting("dit_step_512", "one thread", {"INFERENCE_NUM_THREADS": 1}),
+    Setting("dit_step_512", "throughput", {"PERFORMANCE_HINT": "THROUGHPUT"}),
+    Setting("dit_step_512", "no pinning", {"ENABLE_CPU_PINNING": "NO"}),
+    Setting("dit_step_512", "guidance in one call", rows=2),
+    Setting("dit_step_512", "guidance in two", calls=2, against="guidance in one call"),
+    Setting("vae_decode_512", "default"),
+    Setting("vae_decode_512", "static shapes", static=True),
+    Setting("vae_decode_512", "float32 between", {"INFERENCE_PRECISION_HINT": "f32"}),
+    Setting("vae_decode_512", "no pinning", {"ENABLE_CPU_PINNING": "NO"}),
+    Setting("t5_encode_120", "default"),
+    Setting("t5_encode_120", "static shapes", static=True),
+    Setting("t5_encode_120", "float32 between", {"INFERENCE_PRECISION_HINT": "f32"}),
+)
+
+
+class Subject:
+    """One model under one setting, in a process of its own."""
+
+    def __init__(self, setting: Setting, engine: str, folder: Path, scale: Scale):
+        case = CASES[setting.case]
+        pipeline = load_openvino(folder, ov_config=setting.config)
+        if setting.static:
+            size = scale.pixels(case)
+            pipeline.reshape(setting.rows, size, size, num_images_per_prompt=1)
+        self.setting, self.call = setting, stage(case, pipeline)
+        self.model = OneModel(self.call, case, engine, scale)
+
+    def run(self, turn: int) -> float:
+        """Seconds of one turn."""
+        inputs = self.model.inputs(turn)
+        if self.setting.rows > 1:
+            inputs = _repeat(inputs, self.setting.rows)
+        calls = range(self.setting.calls)
+        return clock(lambda: [self.call(**inputs) for _ in calls])[0]
+
+
+def _repeat(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+    """The same inputs with more rows."""
+    return {
+        name: value.repeat_interleave(rows, 0)
+        if isinstance(value, torch.Tensor)
+        else _repeat(value, rows)
+        if isinstance(value, dict)
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def measure(
+    settings: tuple[Setting, ...], folder: Path, engine: str, scale: Scale, turns: int = TURNS
+) -> list[dict[str, Any]]:
+    """Let the settings of one case take turns; return seconds and ratios, one line a setting."""
+    seconds: dict[str, list[float]] = {setting.name: [] for setting in settings}
+    with contextlib.ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+        for setting in settings:
+            one = stack.enter_context(worker())
+            with _telling(setting):
+                one.call(Subject, setting, engine, folder, scale)
+                one.call("run", -1)
+                workers[setting.name] = one
+        for turn in range(turns):
+            for setting in settings:
+                if setting.name in workers:
+                    seconds[setting.name].append(workers[setting.name].call("run", turn))
+    medians = {name: statistics.median(runs) for name, runs in seconds.items() if runs}
+    return [
+        {
+            "case": one.case,
+            "setting": one.name,
+            "seconds": round(medians[one.name], 4),
+            "ratio": round(medians[one.name] / medians[one.against], 3),
+            "against": one.against,
+        }
+        for one in settings
+        if one.name in medians and one.against in medians
+    ]
+
+
+@contextlib.contextmanager
+def _telling(setting: Setting) -> Any:
+    try:
+        yield
+    except WorkerError as error:
+        print(f"{setting.case}, {setting.name}: {error}", file=sys.stderr)
+
+
+def main(chosen: list[str], engine: str = "ov-int8") -> None:
+    root, lines = BUILD / "bench" / FULL.name, []
+    for name in dict.fromkeys(setting.case for setting in SETTINGS):
+        case = CASES[name]
+        if chosen and case.kind not in chosen:
+            continue
+        if not models.has_openvino(root, case.checkpoint, engine):
+            raise SystemExit(
+                f"{name}: there are no IRs of {engine} yet. "
+                f"BENCH_CASES={name} BENCH_ENGINES={engine} make bench makes them."
+            )
+        folder = models.openvino_folder(root, case.checkpoint, engine)
+        settings = tuple(setting for setting in SETTINGS if setting.case == name)
+        for line in measure(settings, folder, engine, FULL):
+            lines.append(line)
+            print(
+                f"{line['case']:16} {line['setting']:22} {line['seconds']:8.3f} s, "
+                f"{line['ratio']:.3f} × {line['against']}",
+                flush=True,
+            )
+    report = {"machine": describe_machine(), "engine": engine, "settings": lines}
+    helper._write_json(report, BUILD / "settings.json")
+
+
+if __name__ == "__main__":
+    from tests.benchmarks.settings import main  # under its name: other processes look it up
+
+    main(sys.argv[1:])
