@@ -86,7 +86,7 @@ class Report:
             if name in self.data["ratios"]:
                 ratio = self.data["ratios"][name]
                 miss = ratio / limit - 1
-                verdict = "met" if miss <= 0 else f"missed by {100 * miss:.0f} %"
+                verdict = "met" if miss <= 0 else f"missed by {100 * miss:.1f} %"
                 lines.append(f"{name}: {ratio:.3f}, target ≤ {limit:.2f}: {verdict}")
         return lines
 

@@ -514,7 +514,6 @@ LATENT_SETS = {  # (height, width): pictures; PixArt's curriculum goes from 128Â
 }
 LONGER_SETS = {size: 12_000 if size == (256, 256) else 1_200 for size in [(256, 256), *BINS]}
 BINS_SETS = {size: 12_000 if size == (256, 256) else 4_000 for size in [(256, 256), *BINS]}
-EVEN_SETS = dict(zip([(256, 256), *BINS], (5_000, 6_000, 3_000, 6_000, 6_000), strict=True))
 # What a patch shows: question â†’ answers, the last of them meaning that no thing is there.
 PATCH_QUESTIONS = {
     "kind": len(scenes.KINDS) + 1,
@@ -570,13 +569,8 @@ def make_more_latents(run: Run) -> None:
 
 
 def make_bins_latents(run: Run) -> None:
-    """For the stages that are about the aspect bins: more pictures of each."""
+    """For the last DiT stage: more pictures of each bin."""
     make_latents(run, BINS_SETS)
-
-
-def make_even_latents(run: Run) -> None:
-    """For the last DiT stage: yet more of the bins that are behind."""
-    make_latents(run, EVEN_SETS)
 
 
 def _one_thread() -> None:
@@ -912,31 +906,21 @@ def train_dit_wide(run: Run) -> None:
     train_on(run, sizes, 7e-4, "dit-bins", BINS_SETS, draws=8)
 
 
-def train_dit_even(run: Run) -> None:
-    """From the mean of the last two on: the bins that are behind, with pictures never seen."""
-    sizes = dict(zip([(256, 256), *BINS], (0.18, 0.27, 0.08, 0.23, 0.24), strict=True))
-    train_on(run, sizes, 8e-4, "dit-mean", EVEN_SETS, draws=9)
-
-
-def average_dits(run: Run, names: tuple[str, str] = ("dit-bins", "dit-wide")) -> None:
-    """The mean of two stages' weights: better at nearly every shape than either.
+def average_dits(run: Run) -> None:
+    """The mean of the last two stages' weights: better at nearly every shape than either.
 
     What a stage gains in one bin it loses a little in others; between two points on one way down,
     the mean keeps most of both (Wortsman et al. 2022, "model soups").
     """
     mean, other = (
-        PixArtTransformer2DModel.from_pretrained(STATE / name / "transformer") for name in names
+        PixArtTransformer2DModel.from_pretrained(STATE / name / "transformer")
+        for name in ("dit-bins", "dit-wide")
     )
     with torch.no_grad():
         for one, two in zip(mean.parameters(), other.parameters(), strict=True):
             one.copy_((one + two) / 2)
     mean.save_pretrained(run.folder / "transformer")
     run.finish()
-
-
-def average_last_dits(run: Run) -> None:
-    """The mean once more, of what it was and what it has become."""
-    average_dits(run, ("dit-mean", "dit-even"))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1319,9 +1303,6 @@ STAGES: dict[str, tuple[Callable[[Run], None], int]] = {
     "dit-bins": (train_dit_bins, 4200),
     "dit-wide": (train_dit_wide, 1300),
     "dit-mean": (average_dits, 0),
-    "latents-even": (make_even_latents, 0),
-    "dit-even": (train_dit_even, 3000),
-    "dit-last": (average_last_dits, 0),
     "decoder": (train_decoder, 1500),
     "decoder-dit": (train_decoder_dit, 1200),
     "trajectories": (make_trajectories, 0),
