@@ -389,7 +389,7 @@ def _ready_for_tracing(module: torch.nn.Module, weight_format: str) -> Iterator[
     Yields what gives the memory of files back. Afterwards the module is as it was.
     """
     stored = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
-    mapped = _MappedWeights(module)
+    mapped = _MappedWeights(module.state_dict().values())
     try:
         if weight_format == "fp32":
             for tensor, data in stored:
@@ -430,12 +430,21 @@ class _MappedWeights:
 
     EVERY = 64_000_000  # bytes to be read before
 
-    def __init__(self, module: torch.nn.Module | None = None, file: Path | None = None):
-        """What a module's weights are mapped from, or the weights of an IR."""
-        tensors = module.state_dict().values() if module is not None else ()
-        self.addresses = sorted({tensor.data_ptr() for tensor in tensors})
-        self.file = str(file.resolve()) if file else None
+    def __init__(self, weights: Iterable[torch.Tensor | np.ndarray]):
+        """`weights` that may be mapped from files; one of each file is held.
+
+        While it is, its file stays mapped where it is. Were that place given to anything else
+        between looking it up and handing it back, what had been put there would be lost.
+        """
+        self.held: dict[int, torch.Tensor | np.ndarray] = {}
         self.since = 0
+        if not sys.platform.startswith("linux"):
+            return
+        places = {_address(weight): weight for weight in weights}
+        addresses = sorted(places)
+        for _, start, end in _mapped_files():
+            if (i := bisect.bisect_left(addresses, start)) < bisect.bisect_left(addresses, end):
+                self.held[addresses[i]] = places[addresses[i]]
 
     def have_read(self, size: int) -> None:
         """Count bytes, and give back now and then."""
@@ -446,22 +455,34 @@ class _MappedWeights:
     def give_back(self) -> None:
         """Give back what is mapped and unchanged: a page that was written to is nowhere else."""
         self.since = 0
-        if not sys.platform.startswith("linux"):
+        if not self.held:
             return
         _trim_heap()
         libc = ctypes.CDLL(None)
-        for mapping in psutil.Process().memory_maps(grouped=False):
-            start, end = (int(address, 16) for address in mapping.addr.split("-"))
-            held = bisect.bisect_left(self.addresses, start) < bisect.bisect(self.addresses, end)
-            is_file = mapping.path.startswith("/")
-            is_ours = mapping.path == self.file or (held and is_file)
+        for mapping, start, end in _mapped_files():
+            is_ours = any(start <= address < end for address in self.held)
             if is_ours and not mapping.anonymous and not mapping.swap:
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_PAGEOUT)
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
-# Of Linux's <sys/mman.h>. MADV_DONTNEED would be quicker, but loses data where, between looking and
-# doing, another thread has put something else at this address.
-_MADV_PAGEOUT = 21
+_MADV_DONTNEED = 4  # of Linux's <sys/mman.h>
+
+
+def _mapped_files() -> Iterator[tuple[Any, int, int]]:
+    """The files that are mapped into this process: each with its first address and its end."""
+    for mapping in psutil.Process().memory_maps(grouped=False):
+        if mapping.path.startswith("/"):
+            start, end = (int(address, 16) for address in mapping.addr.split("-"))
+            yield mapping, start, end
+
+
+def _address(weight: torch.Tensor | np.ndarray) -> int:
+    return weight.data_ptr() if isinstance(weight, torch.Tensor) else weight.ctypes.data
+
+
+def _constants(model: ov.Model) -> list[np.ndarray]:
+    """The weights of a graph, where they lie: nothing is copied."""
+    return [op.data for op in model.get_ops() if op.get_type_name() == "Constant"]
 
 
 # ---- the three models, converted and written ----------------------------------------------------
@@ -1534,8 +1555,7 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
             said = self.request({"input_ids": read[:, 0], "attention_mask": read[:, 1]})[0]
             padding = ((0, 0), (0, filled.shape[2] - read.shape[2]), (0, 0))
             answers += list(np.pad(said[: len(part)], padding))
-        if not self.parent_pipeline._releases_text_encoder:  # or all of it goes anyway
-            _give_back_file(self)
+        _give_back_file(self)
         return answers
 
 
@@ -1563,7 +1583,8 @@ def _give_back_file(part: OVPipelinePart) -> None:
 
 
 def _mapped_file(part: OVPipelinePart) -> _MappedWeights:
-    return _MappedWeights(file=Path(part.model_save_dir, IR_NAME).with_suffix(".bin"))
+    """The weights of an IR's file, unless there is only a compiled model, without a graph."""
+    return _MappedWeights(_constants(part.model) if isinstance(part.model, ov.Model) else ())
 
 
 def _release_memory() -> None:
@@ -1742,17 +1763,11 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
             self.compile()
 
     def compile(self) -> None:
-        """Compile all models, but for a text encoder that is in memory only when it reads.
-
-        It comes last and is the first to run, so that its file is needed right away; those of the
-        others would lie in memory until the text is read.
-        """
+        """Compile all models, but for a text encoder that is in memory only when it reads."""
         for name, part in self.components.items():
-            if name != "text_encoder":
+            if name != "text_encoder" or not self._releases_text_encoder:
                 part.compile()
                 _mapped_file(part).give_back()
-        if self.text_encoder is not None and not self._releases_text_encoder:
-            self.text_encoder.compile()
 
     def release_text_encoder(self) -> None:
         """Let go of the text encoder, most of the memory, until a new prompt needs it.
@@ -2556,7 +2571,7 @@ def _optimize_part(
     model = _read_ir(source / name)
     config = SimpleNamespace(**_read_config(source / name / "config.json"))
     passes = recipe.scale_estimation + recipe.activations * (1 + (recipe.smooth_quant >= 0))
-    mapped = _MappedWeights(file=(source / name / IR_NAME).with_suffix(".bin"))
+    mapped = _MappedWeights(_constants(model))
     with (
         _progress_bar(f"Calibrating {name}", passes * len(samples), "sample", progress) as bar,
         _weight_by_weight(mapped),

@@ -96,7 +96,7 @@ def test_weights_that_were_changed_in_memory_are_kept(models, tmp_path):
     with torch.no_grad():
         weight += 1
     changed = weight.clone()
-    mapped = helper._MappedWeights(encoder)
+    mapped = helper._MappedWeights(encoder.state_dict().values())
     mapped.give_back()
     assert torch.equal(weight, changed)
 
