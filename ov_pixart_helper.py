@@ -1503,7 +1503,9 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
 
     def compile(self) -> None:
         _ = self.model  # with `compile_only` that is all
-        super().compile()
+        if self.request is None:
+            with _giving_back(self):
+                super().compile()
 
     def clear_requests(self) -> None:
         """Forget what another device, or another shape, has computed."""
@@ -1552,10 +1554,11 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
             part = texts[i : i + size]
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
             read = filled[:, :, : _count_tokens(filled[:, 1])] if tokens.is_dynamic else filled
-            said = self.request({"input_ids": read[:, 0], "attention_mask": read[:, 1]})[0]
+            inputs = {"input_ids": read[:, 0], "attention_mask": read[:, 1]}
+            with _first_run_spares_memory(self):
+                said = self.request(inputs)[0]
             padding = ((0, 0), (0, filled.shape[2] - read.shape[2]), (0, 0))
             answers += list(np.pad(said[: len(part)], padding))
-        _give_back_file(self)
         return answers
 
 
@@ -1570,21 +1573,44 @@ def _count_tokens(masks: np.ndarray | torch.Tensor) -> int:
     return int(read.any(dim=0).nonzero()[-1]) + 1
 
 
-def _give_back_file(part: OVPipelinePart) -> None:
-    """Give the memory of an IR's file back after the first run of a compiled model.
+@contextlib.contextmanager
+def _giving_back(part: OVPipelinePart) -> Iterator[None]:
+    """Give the memory of an IR's file back again and again while all of it is read.
 
-    The first run puts weights into the form that the processor likes; from there on, the file is
+    OpenVINO puts weights into the form that the processor likes; what has been read of the file is
     a second copy of them.
     """
-    known = getattr(part, "_given_back", None)
-    if known is None or known() is not part.request:
-        part._given_back = weakref.ref(part.request)  # or what is released would stay
-        _mapped_file(part).give_back()
+    # Where there is only a compiled model, it has no graph to tell where the weights lie.
+    mapped = _MappedWeights(_constants(part.model) if isinstance(part.model, ov.Model) else ())
+    done = threading.Event()
+
+    def keep_at_it() -> None:
+        while not done.wait(0.2):
+            mapped.give_back()
+
+    thread = threading.Thread(target=keep_at_it, daemon=True)
+    if mapped.held:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if mapped.held:
+            thread.join()
+            mapped.give_back()
 
 
-def _mapped_file(part: OVPipelinePart) -> _MappedWeights:
-    """The weights of an IR's file, unless there is only a compiled model, without a graph."""
-    return _MappedWeights(_constants(part.model) if isinstance(part.model, ov.Model) else ())
+@contextlib.contextmanager
+def _first_run_spares_memory(part: OVPipelinePart) -> Iterator[None]:
+    """The first run of a compiled model is when it reads its weights once more."""
+    part.compile()
+    known = getattr(part, "_has_run", None)
+    if known is not None and known() is part.request:
+        yield
+        return
+    with _giving_back(part):
+        yield
+    part._has_run = weakref.ref(part.request)  # or what is released would stay
 
 
 def _release_memory() -> None:
@@ -1656,11 +1682,11 @@ class OVPixArtTransformer(OVPipelinePart):
         rows = len(arrays["hidden_states"])
         batch = self.model.input("hidden_states").get_partial_shape()[0]
         size = rows if batch.is_dynamic else batch.get_length()
-        results = [
-            self.request({k: v[i : i + size] for k, v in arrays.items()}, share_inputs=True)[0]
-            for i in range(0, rows, size)
-        ]
-        _give_back_file(self)
+        with _first_run_spares_memory(self):
+            results = [
+                self.request({k: v[i : i + size] for k, v in arrays.items()}, share_inputs=True)[0]
+                for i in range(0, rows, size)
+            ]
         return results[0] if len(results) == 1 else np.concatenate(results)
 
 
@@ -1703,9 +1729,7 @@ class OVPixArtVae(OVModelVae):
         return ModelOutput(sample=torch.cat([decode(part) for part in parts]))
 
     def _decode_whole(self, latents: torch.Tensor) -> torch.Tensor:
-        decoded = self.decoder(latents.contiguous())[0]
-        _give_back_file(self.decoder)
-        return decoded
+        return self.decoder(latents.contiguous())[0]
 
     def _decode_tiled(self, latents: torch.Tensor) -> torch.Tensor:
         """diffusers' own method, on what it looks for in its VAE."""
@@ -1766,8 +1790,8 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         """Compile all models, but for a text encoder that is in memory only when it reads."""
         for name, part in self.components.items():
             if name != "text_encoder" or not self._releases_text_encoder:
-                part.compile()
-                _mapped_file(part).give_back()
+                with _giving_back(part):
+                    part.compile()
 
     def release_text_encoder(self) -> None:
         """Let go of the text encoder, most of the memory, until a new prompt needs it.

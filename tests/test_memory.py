@@ -101,6 +101,24 @@ def test_weights_that_were_changed_in_memory_are_kept(models, tmp_path):
     assert torch.equal(weight, changed)
 
 
+@linux_only
+@pytest.mark.parametrize("weight_format", ["fp32", "fp16", "int8", "int4"])
+def test_the_file_of_an_ir_is_given_back_and_says_the_same(checkpoint, tmp_path, weight_format):
+    helper.convert_pipeline(checkpoint("alpha"), tmp_path, weight_format=weight_format)
+    model = helper._read_ir(tmp_path / "transformer")
+    weights = helper._constants(model)
+    mapped = helper._MappedWeights(weights)
+    files = {
+        mapping.path
+        for mapping, start, end in helper._mapped_files()
+        if any(start <= address < end for address in mapped.held)
+    }
+    assert files == {str(tmp_path / "transformer" / "openvino_model.bin")}
+    before = [weight.copy() for weight in weights]
+    mapped.give_back()
+    assert all((one == other).all() for one, other in zip(before, weights, strict=True))
+
+
 def test_conversion_leaves_the_module_as_it_was(models, tmp_path):
     encoder = helper._load_part(models / "float32" / "text_encoder", T5EncoderModel)
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
