@@ -1503,9 +1503,7 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
 
     def compile(self) -> None:
         _ = self.model  # with `compile_only` that is all
-        if self.request is None:
-            with _giving_back(self):
-                super().compile()
+        super().compile()
 
     def clear_requests(self) -> None:
         """Forget what another device, or another shape, has computed."""
@@ -1546,7 +1544,6 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
         What only fills a text up to L is not read, unless the shapes are static, and zeros stand
         for what T5 would have said of it: the DiT looks at none of it.
         """
-        self.compile()
         batch, tokens = self.input_shape
         size = 1 if batch.is_dynamic else batch.get_length()
         answers = []
@@ -1602,13 +1599,13 @@ def _giving_back(part: OVPipelinePart) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _first_run_spares_memory(part: OVPipelinePart) -> Iterator[None]:
-    """The first run of a compiled model is when it reads its weights once more."""
-    part.compile()
+    """Compile a model that is not yet; its first run is when it reads its weights once more."""
     known = getattr(part, "_has_run", None)
-    if known is not None and known() is part.request:
+    if part.request is not None and known is not None and known() is part.request:
         yield
         return
     with _giving_back(part):
+        part.compile()
         yield
     part._has_run = weakref.ref(part.request)  # or what is released would stay
 
