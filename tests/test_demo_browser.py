@@ -110,9 +110,23 @@ def choose(page: Page, control: str, option: str) -> None:
     page.get_by_role("option", name=option).click()
 
 
+# Gradio mounts what an accordion hid when it first opens, and sets its values once more a moment
+# later: what was typed in between, faster than any hand, is lost.
+SETTLED = """() => new Promise((done) => {
+  const finish = () => { watcher.disconnect(); done(); };
+  let timer = setTimeout(finish, 250);
+  const watcher = new MutationObserver(() => {
+    clearTimeout(timer);
+    timer = setTimeout(finish, 250);
+  });
+  watcher.observe(document.body, {subtree: true, childList: true, attributes: true});
+})"""
+
+
 def more_settings(page: Page) -> None:
     page.get_by_role("button", name="More settings").click()
     expect(page.locator("#steps input[type=number]")).to_be_visible()
+    page.evaluate(SETTLED)
 
 
 def wait_until_done(page: Page) -> None:
