@@ -1,5 +1,6 @@
 """Presets: what is in the graphs, what is on disk, and what happens when something is wrong."""
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -253,12 +254,76 @@ def test_pictures_are_drawn_without_the_text_encoder(fp16, tmp_path, monkeypatch
     assert loaded == [None, None]
 
 
+def test_the_dit_sees_large_pictures_row_by_row():
+    rows = {"encoder_attention_mask": np.ones((2, 120), np.int64), "timestep": np.arange(2.0)}
+    at_512 = {"hidden_states": np.random.rand(2, 4, 48, 85).astype(np.float32), **rows}
+    assert helper._bearable(at_512) == [at_512]
+    at_1024 = {"hidden_states": np.random.rand(2, 4, 128, 128).astype(np.float32), **rows}
+    split = helper._bearable(at_1024)
+    assert [len(call[name]) for call in split for name in at_1024] == [1] * 6
+    for name, value in at_1024.items():
+        assert (np.concatenate([call[name] for call in split]) == value).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "count", "largest"),
+    [((32, 32), 1, (32, 32)), ((24, 42), 1, (24, 42)), ((64, 64), 4, (32, 32))],
+)
+def test_the_vae_sees_pieces_of_large_pictures(size, count, largest):
+    latents = np.arange(4 * np.prod(size), dtype=np.float32).reshape(1, 4, *size)
+    pieces = helper._pieces(latents, 0)
+    assert [piece.shape for piece in pieces] == [(1, 4, *largest)] * count
+    seen = np.concatenate([piece.ravel() for piece in pieces])
+    assert (np.sort(seen) == latents.ravel()).all()
+
+
+def test_pictures_in_a_row_show_the_vae_all_their_corners():
+    latents = np.arange(4 * 128 * 128, dtype=np.float32).reshape(1, 4, 128, 128)  # 1024²
+    pieces = [helper._pieces(latents, i) for i in range(3)]
+    assert {len(some) for some in pieces} == {4}
+    assert max(side for some in pieces for piece in some for side in piece.shape[2:]) == 32
+    assert len({piece.tobytes() for some in pieces for piece in some}) == 12
+
+
 def test_the_same_seed_gives_the_same_bytes(optimized, fp16, tmp_path):
     again = optimize_pipeline(fp16, tmp_path / "int8", "int8", **DATA)  # draws again, too
     for part in PARTS:
         for suffix in ("xml", "bin"):
             file = f"{part}/openvino_model.{suffix}"
             assert (again / file).read_bytes() == (optimized("int8") / file).read_bytes(), file
+
+
+def test_the_order_of_statistics_changes_nothing_but_memory(optimized, fp16, tmp_path, monkeypatch):
+    from nncf.openvino.graph.model_transformer import OVModelTransformer
+
+    seen, insert = [], OVModelTransformer._insert_outputs
+
+    def watch(model, outputs):
+        extended = insert(model, outputs)
+        seen.append(len(extended.outputs) - len(model.outputs))
+        return extended
+
+    monkeypatch.setattr(OVModelTransformer, "_insert_outputs", staticmethod(watch))
+    monkeypatch.setattr(helper, "_statistics_first", contextlib.nullcontext)
+    again = optimize_pipeline(fp16, tmp_path / "int8", "int8", **DATA)
+    assert max(seen) > 10
+    for part in PARTS:
+        file = f"{part}/openvino_model.bin"
+        assert (again / file).read_bytes() == (optimized("int8") / file).read_bytes(), file
+
+
+def test_statistics_come_before_the_models_own_output(fp16):
+    from nncf.openvino.graph.model_transformer import OVModelTransformer
+
+    model = helper._read_ir(fp16 / "transformer")
+    names = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() == "MatMul"]
+    outputs = [
+        (op.output(0), 0, None) for op in model.get_ops() if op.get_friendly_name() in names[:3]
+    ]
+    with helper._statistics_first():
+        extended = OVModelTransformer._insert_outputs(model, outputs)
+    assert len(extended.outputs) == 4
+    assert "sample" in extended.outputs[-1].get_names()
 
 
 def test_captions_are_read_from_files(tmp_path):

@@ -567,6 +567,12 @@ def test_height_and_width_alone_can_be_static(fresh_pipeline, ov_pipeline):
     assert_same(draw(pipeline, **call), draw(ov_pipeline("alpha"), **call))
 
 
+def test_the_number_of_pictures_alone_can_be_static(fresh_pipeline, ov_pipeline):
+    pipeline = fresh_pipeline("alpha", compile=False).reshape(1, -1, -1, 1)
+    for size in ({"height": 64, "width": 64}, {"height": 48, "width": 80}):
+        assert_same(draw(pipeline, **size), draw(ov_pipeline("alpha"), **size))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
