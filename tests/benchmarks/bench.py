@@ -474,4 +474,6 @@ def _check_memory(needed_gb: float) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:  # all of it takes hours: nobody shall start it by asking for help
+        sys.exit(__doc__)
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""What conversion and painting take of memory, at real size and with random weights.
+"""What converting, calibrating and painting take of memory, at real size and with random weights.
 
     python -m tests.benchmarks.memory                  # everything, 40 GB of disk
     python -m tests.benchmarks.memory convert_dit run  # what begins so
@@ -98,6 +98,20 @@ def widen(folder: Path, output: Path) -> None:
 
 
 # ==================================================================================================
+# Calibrating
+# ==================================================================================================
+
+
+def optimize(source: Path, preset: str, output: Path) -> Measured:
+    """`optimize_pipeline` on DiT and VAE at real size; their text encoder is a stand-in."""
+    start = time.perf_counter()
+    helper.optimize_pipeline(source, output, preset, num_samples=FULL.num_samples, progress=False)
+    seconds = time.perf_counter() - start
+    size = sum(file.stat().st_size for file in output.glob("*/*.bin"))
+    return Measured(helper._peak_memory_mb() / 1000, seconds, None, size / 1e9)
+
+
+# ==================================================================================================
 # Painting
 # ==================================================================================================
 
@@ -179,6 +193,17 @@ def conversions(root: Path, is_wanted: Callable[[str], bool]) -> Iterator[Task]:
         yield Task("convert_pipeline int8", 14, None, convert_all, (*folders, "int8", scratch))
 
 
+def calibrations(root: Path, is_wanted: Callable[[str], bool]) -> Iterator[Task]:
+    """Pictures in four steps without guidance, drawn and calibrated with."""
+    for pixels, checkpoint in ((512, XL_512), (1024, XL_1024)):
+        name = f"optimize {pixels} int8"
+        if is_wanted(name):
+            weights(root, checkpoint, "bf16")
+            call_in_process(models.build_openvino, root, checkpoint, "ov-fp16", FULL)
+            source = models.openvino_folder(root, checkpoint, "ov-fp16")
+            yield Task(name, 14, None, optimize, (source, "int8", root / "scratch" / "int8"))
+
+
 def weights(root: Path, name: str, stored: str) -> Path:
     """A checkpoint with random weights in 16 bits, or its largest model in 32."""
     checkpoint = models.checkpoint_folder(root, name)
@@ -212,7 +237,7 @@ def main(chosen: list[str]) -> None:
     def is_wanted(name: str) -> bool:
         return not chosen or any(name.startswith(one) or one.startswith(name) for one in chosen)
 
-    for lines in (conversions, pictures):
+    for lines in (conversions, calibrations, pictures):
         for task in lines(root, is_wanted):
             if not is_wanted(task.name):
                 continue
