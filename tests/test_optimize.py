@@ -308,10 +308,8 @@ def test_statistics_come_before_the_models_own_output(fp16):
     from nncf.openvino.graph.model_transformer import OVModelTransformer
 
     model = helper._read_ir(fp16 / "transformer")
-    names = [op.get_friendly_name() for op in model.get_ops() if op.get_type_name() == "MatMul"]
-    outputs = [
-        (op.output(0), 0, None) for op in model.get_ops() if op.get_friendly_name() in names[:3]
-    ]
+    products = [op for op in model.get_ops() if op.get_type_name() == "MatMul"]
+    outputs = [(op.output(0), 0, None) for op in products[:3]]
     with helper._statistics_first():
         extended = OVModelTransformer._insert_outputs(model, outputs)
     assert len(extended.outputs) == 4
