@@ -516,6 +516,76 @@ def test_tiles_and_static_shapes_exclude_each_other(fresh_pipeline):
         draw(pipeline, height=128, width=128, max_sequence_length=120)
 
 
+# ---- what AMX likes -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """A processor with AMX and tiles of 16 numbers: heads have 12 here, PixArt-XL's have 72."""
+    monkeypatch.setattr(helper, "_TILE", 16)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+
+
+def layer_types(compiled):
+    return [
+        op.get_rt_info()["layerType"].astype(str) for op in compiled.get_runtime_model().get_ops()
+    ]
+
+
+@pytest.mark.parametrize("family", ["alpha", "alpha-ms"])
+def test_filled_tiles_change_nothing(family, converted, tiles):
+    model = helper.ov.Core().read_model(converted(family) / "transformer" / "openvino_model.xml")
+    filled = helper._fill_tiles(model.clone())
+    pads = [op for op in filled.get_ops() if op.get_type_name() == "Pad"]
+    assert len(pads) == 2 * 2  # queries and keys of two layers
+    assert all(pad.get_output_partial_shape(0)[3] == 16 for pad in pads)
+    rng = np.random.default_rng(0)
+    inputs = {
+        "hidden_states": rng.standard_normal((2, 4, 8, 12), dtype=np.float32),
+        "timestep": np.float32([900, 40]),
+        "encoder_hidden_states": rng.standard_normal((2, 7, 32), dtype=np.float32),
+        "encoder_attention_mask": np.ones((2, 7), np.int64),
+        "resolution": np.float32([[64, 96]] * 2),
+        "aspect_ratio": np.float32([[0.67]] * 2),
+    }
+    inputs = {port.get_any_name(): inputs[port.get_any_name()] for port in model.inputs}
+    plain, ours = (helper.ov.compile_model(m, "CPU", F32)(inputs)[0] for m in (model, filled))
+    assert_same(ours, plain, 1e-5)
+
+
+@pytest.mark.parametrize(("tile", "padded"), [(16, 4), (12, 0), (32, 0), (8, 4)])
+def test_tiles_are_filled_where_little_is_missing(tile, padded, converted, monkeypatch):
+    monkeypatch.setattr(helper, "_TILE", tile)
+    model = helper.ov.Core().read_model(converted("alpha") / "transformer" / "openvino_model.xml")
+    filled = helper._fill_tiles(model)
+    assert sum(op.get_type_name() == "Pad" for op in filled.get_ops()) == padded
+
+
+@pytest.mark.parametrize(
+    ("config", "filled"),
+    [
+        ({}, True),
+        ({"INFERENCE_PRECISION_HINT": "bf16"}, True),
+        ({"INFERENCE_PRECISION_HINT": helper.ov.Type.bf16}, True),
+        (F32, False),
+        ({"INFERENCE_PRECISION_HINT": helper.ov.Type.f32}, False),
+        ({"EXECUTION_MODE_HINT": "ACCURACY"}, False),
+    ],
+)
+def test_tiles_are_filled_for_amx_and_not_in_the_model_itself(
+    config, filled, fresh_pipeline, tiles
+):
+    transformer = fresh_pipeline("alpha", ov_config=config).transformer
+    assert ("Pad" in layer_types(transformer.request)) == filled
+    assert "Pad" not in [op.get_type_name() for op in transformer.model.get_ops()]
+
+
+def test_without_amx_nothing_is_filled(fresh_pipeline, tiles, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    transformer = fresh_pipeline("alpha", ov_config={}).transformer
+    assert "Pad" not in layer_types(transformer.request)
+
+
 # ---- a second start -----------------------------------------------------------------------------
 
 
