@@ -2957,8 +2957,10 @@ class _CalibrationData:
         pipeline = loaders["α" if is_alpha else "Σ"].from_pretrained(self.source, compile=False)
         pipeline.set_progress_bar_config(disable=True)
         sizes = _calibration_sizes(pipeline, settings)
-        texts = [_encode(pipeline, prompt, settings.guidance_scale) for prompt in self.prompts]
-        pipeline.release_text_encoder()  # or it would be in memory beside the others, in 16 bits
+        with self._text_encoder(progress=progress) as folder:
+            pipeline.text_encoder.model = _read_ir(folder)
+            texts = [_encode(pipeline, prompt, settings.guidance_scale) for prompt in self.prompts]
+            pipeline.release_text_encoder()  # or it would be in memory beside the others
         arrays = {}
         with _progress_bar("Drawing", len(texts), "picture", progress) as bar:
             for i, text in enumerate(texts):
@@ -2985,7 +2987,30 @@ class _CalibrationData:
         _flush(partial)
         os.replace(partial, file)
 
+    @contextlib.contextmanager
+    def _text_encoder(self, *, progress: bool) -> Iterator[Path]:
+        """The folder of the T5 to read captions with: a large one in 8 bits.
 
+        XXL in 16 bits would fill 10 GB of memory, and twice that where there is no bfloat16. The
+        copy in 8 bits is the one that most presets have just made, or one that is gone again soon.
+        """
+        own, recipe = self.source / "text_encoder", Recipe(weights="int8")
+        if (own / IR_NAME).with_suffix(".bin").stat().st_size < _LARGE_TEXT_ENCODER:
+            yield own
+            return
+        record = _optimization_record(self.source, "text_encoder", recipe, self)
+        twin = _find_twin(self.folder, "text_encoder", record)
+        if twin:
+            yield twin
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        prefix = f".partial-{os.getpid()}-"  # what a killed process leaves goes by this name
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=self.folder) as folder:
+            _optimize_part(self.source, "text_encoder", recipe, self, Path(folder), progress)
+            yield Path(folder)
+
+
+_LARGE_TEXT_ENCODER = 1_000_000_000  # bytes
 _BY_STEP = ("hidden_states", "timestep")  # the other inputs stay the same for a whole picture
 _DTYPES = {"encoder_attention_mask": np.int64}  # the other inputs are float32
 

@@ -254,6 +254,33 @@ def test_pictures_are_drawn_without_the_text_encoder(fp16, tmp_path, monkeypatch
     assert loaded == [None, None]
 
 
+@pytest.mark.parametrize("has_twin", [False, True])
+def test_a_large_text_encoder_reads_captions_in_8_bits(
+    has_twin, optimized, fp16, tmp_path, monkeypatch
+):
+    read, made, encode, make = [], [], helper._encode, helper._optimize_part
+
+    def watch(pipeline, *args):
+        model = pipeline.text_encoder.model
+        small = [op for op in model.get_ops() if op.get_type_name() == "Constant" and op.shape[1:]]
+        read.append({op.get_element_type().get_type_name() for op in small} & SMALL_INTEGERS)
+        return encode(pipeline, *args)
+
+    def count(*args):
+        made.append(args[1])
+        return make(*args)
+
+    folder = Path(optimized("int8")).parent if has_twin else tmp_path
+    monkeypatch.setattr(helper, "_LARGE_TEXT_ENCODER", 0)
+    monkeypatch.setattr(helper, "_encode", watch)
+    monkeypatch.setattr(helper, "_optimize_part", count)
+    data = helper._CalibrationData(fp16, folder / "calibration", PROMPTS[:2], 9, 0)
+    data.samples("transformer", progress=False)
+    assert read == [{"u8"}] * 2
+    assert made == ([] if has_twin else ["text_encoder"])
+    assert not list(data.folder.glob(".partial-*"))
+
+
 def test_the_dit_sees_large_pictures_row_by_row():
     rows = {"encoder_attention_mask": np.ones((2, 120), np.int64), "timestep": np.arange(2.0)}
     at_512 = {"hidden_states": np.random.rand(2, 4, 48, 85).astype(np.float32), **rows}
