@@ -986,7 +986,7 @@ def _cost(folder: Path, weight_format: str) -> _Cost:
     _, files, dtype = _stored_weights(folder)
     sizes = [size for file in files for size in _weight_sizes(file)]
     count, largest, is_wide = sum(sizes), max(sizes, default=0), dtype == torch.float32
-    output = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.6}[weight_format] * count
+    output = _BYTES_A_WEIGHT[weight_format] * count
     if weight_format == "fp32":
         new = 0 if is_wide else 4 * count
     else:  # float32 becomes float16 first
@@ -998,6 +998,7 @@ def _cost(folder: Path, weight_format: str) -> _Cost:
     return _Cost(round(memory), round(free), round(1.02 * output))
 
 
+_BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.6}  # on disk
 _PROCESS = 800_000_000  # bytes of Python with torch, OpenVINO and NNCF
 
 
@@ -1017,12 +1018,15 @@ def _check_resources(costs: dict[str, _Cost], output_dir: Path) -> None:
                 f"{free / 1e9:.1f} GB are free: close other programs, or choose a smaller "
                 "weight_format."
             )
-    disk = sum(cost.disk for cost in costs.values())
+    _check_disk(sum(cost.disk for cost in costs.values()), output_dir)
+
+
+def _check_disk(size: float, output_dir: Path) -> None:
     there = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
     total, _, free = shutil.disk_usage(there)
-    if total and disk > free:  # a place without a disk, as /sys, refuses in its own words
+    if total and size > free:  # a place without a disk, as /sys, refuses in its own words
         raise OSError(
-            f"output_dir={str(output_dir)!r} needs {disk / 1e9:.1f} GB of disk, and "
+            f"output_dir={str(output_dir)!r} needs {size / 1e9:.1f} GB of disk, and "
             f"{free / 1e9:.1f} GB are free: make room there, or name another folder."
         )
 
@@ -2608,13 +2612,19 @@ def _check_optimize(source: Path, output: Path, preset: str) -> dict[str, Recipe
     _check_openvino_folder(source)
     _check_intact(source)
     _check_output(output, [source])
-    for name in PARTS:
-        if _is_quantized(_read_ir(source / name)):
+    recipes, disk = {name: getattr(PRESETS[preset], name) for name in PARTS}, 0.0
+    for name, recipe in recipes.items():
+        model = _read_ir(source / name)
+        if _is_quantized(model):
             raise ValueError(
                 f"ov_dir={str(source)!r} is quantized already (its {name} is): start from a "
                 "folder of convert_pipeline with weight_format='fp16'."
             )
-    return {name: getattr(PRESETS[preset], name) for name in PARTS}
+        if not (output / name / IR_NAME).is_file():
+            count = sum(weights.size for weights in _constants(model))
+            disk += _BYTES_A_WEIGHT[recipe.weights or "fp16"] * count
+    _check_disk(disk, output)
+    return recipes
 
 
 def _read_ir(folder: Path) -> ov.Model:

@@ -343,6 +343,22 @@ def test_statistics_come_before_the_models_own_output(fp16):
     assert "sample" in extended.outputs[-1].get_names()
 
 
+def test_too_little_disk_is_said_before_anything_is_written(fp16, tmp_path, monkeypatch):
+    half = sum(file.stat().st_size for file in fp16.glob("*/*.bin")) / 2  # 8 bits instead of 16
+
+    def free(share):
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: (10**12, 0, share * half))
+
+    free(0.9)
+    with pytest.raises(OSError, match=r"output_dir=.* needs .* GB of disk, and .* GB are free"):
+        optimize_pipeline(fp16, tmp_path / "new", "int8-weights", progress=False)
+    assert not list(tmp_path.iterdir())
+    free(1.1)
+    optimize_pipeline(fp16, tmp_path / "new", "int8-weights", progress=False)
+    free(0)  # what is there already needs no room
+    optimize_pipeline(fp16, tmp_path / "new", "int8-weights", progress=False)
+
+
 def test_captions_are_read_from_files(tmp_path):
     files = {
         "csv": "caption,seed\na,1\nb,2\n",
