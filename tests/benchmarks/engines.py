@@ -190,9 +190,7 @@ class _Painter:
 
     def __init__(self, case: Case, engine: str, folder: Path, scale: Scale):
         self.case, self.engine, self.folder = case, engine, folder
-        self.prompts = helper.load_calibration_prompts(
-            helper.CAPTIONS / "natural-calibration.csv", num=100
-        )
+        self.prompts = _captions(folder)
         self.size = scale.pixels(case)
 
     def warm_up(self) -> None:
@@ -214,6 +212,17 @@ class _Painter:
 
     def paint(self, turn: int, steps: int) -> tuple[float, Any]:
         raise NotImplementedError
+
+
+def _captions(folder: Path) -> list[str]:
+    """A hundred captions of about WORDS tokens, the nearest first: our T5 reads no padding.
+
+    The tokenizer here cuts finer than that of T5-XXL, for which such captions are long ones.
+    """
+    captions = helper.load_calibration_prompts(helper.CAPTIONS / "natural-calibration.csv")
+    tokens = load_tokenizer(folder)([caption.lower() for caption in captions])["input_ids"]
+    lengths = dict(zip(captions, map(len, tokens), strict=True))
+    return sorted(captions, key=lambda caption: abs(lengths[caption] - WORDS))[:100]
 
 
 class OpenVINOPainter(_Painter):

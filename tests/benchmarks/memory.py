@@ -103,7 +103,7 @@ def widen(folder: Path, output: Path) -> None:
 
 
 def optimize(source: Path, preset: str, output: Path) -> Measured:
-    """`optimize_pipeline` on DiT and VAE at real size; their text encoder is a stand-in."""
+    """`optimize_pipeline`; of the three models, some have the real size, see `calibrations`."""
     start = time.perf_counter()
     helper.optimize_pipeline(source, output, preset, num_samples=FULL.num_samples, progress=False)
     seconds = time.perf_counter() - start
@@ -194,14 +194,19 @@ def conversions(root: Path, is_wanted: Callable[[str], bool]) -> Iterator[Task]:
 
 
 def calibrations(root: Path, is_wanted: Callable[[str], bool]) -> Iterator[Task]:
-    """Pictures in four steps without guidance, drawn and calibrated with."""
-    for pixels, checkpoint in ((512, XL_512), (1024, XL_1024)):
-        name = f"optimize {pixels} int8"
+    """DiT and VAE with pictures in four steps without guidance; T5 and the captions it reads."""
+    for subject, checkpoint, preset in (
+        ("512", XL_512, "int8"),
+        ("1024", XL_1024, "int8"),
+        ("t5", T5_XXL, "int8"),
+        ("t5", T5_XXL, "int4"),
+    ):
+        name = f"optimize {subject} {preset}"
         if is_wanted(name):
             weights(root, checkpoint, "bf16")
             call_in_process(models.build_openvino, root, checkpoint, "ov-fp16", FULL)
             source = models.openvino_folder(root, checkpoint, "ov-fp16")
-            yield Task(name, 14, None, optimize, (source, "int8", root / "scratch" / "int8"))
+            yield Task(name, 14, None, optimize, (source, preset, root / "scratch" / preset))
 
 
 def weights(root: Path, name: str, stored: str) -> Path:
