@@ -846,7 +846,7 @@ def convert_pipeline(
     model_id: str | Path,
     output_dir: str | Path,
     *,
-    weight_format: str = "fp16",
+    weight_format: str | dict[str, str] = "fp16",
     text_encoder: str | Path | None = None,
     transformer: str | Path | None = None,
     vae: str | Path | None = None,
@@ -862,7 +862,8 @@ def convert_pipeline(
     """Turn a PixArt-α or PixArt-Σ checkpoint into a folder of OpenVINO IRs and return the folder.
 
     `model_id`: a Hugging Face id or a local diffusers folder (safetensors only).
-    `weight_format`: "fp32", "fp16", "int8" or "int4", for the weights of all three models.
+    `weight_format`: "fp32", "fp16", "int8" or "int4", for the weights of all three models, or one
+    for each that is not to have "fp16": {"text_encoder": "int8"}. Names are those of PARTS.
     `text_encoder`, `transformer`, `vae`, `scheduler`: take this component from elsewhere, an id or
     a folder that holds it alone or in a subfolder of its name. Fine-tuned and few-step models
     often publish nothing but a transformer.
@@ -875,7 +876,7 @@ def convert_pipeline(
     in the same format are kept. `model_index.json` is written last: a folder without it is not
     finished, and the same call finishes it.
     """
-    _check_weight_format(weight_format)
+    formats = _weight_formats(weight_format)
     _check(isinstance(output_dir, str | Path), "output_dir", output_dir, "the path of a folder")
     others = {
         "text_encoder": text_encoder,
@@ -904,17 +905,28 @@ def convert_pipeline(
         "convert_pipeline", model_id, output_dir, weight_format=weight_format, **others
     )
     prints = _fingerprints(folders, lora_scale)
-    missing = _missing(output_dir, weight_format, prints, force, thorough=False)
-    costs = {name: _cost(folders[PARTS[name].folder], weight_format) for name in missing}
+    missing = _missing(output_dir, formats, prints, force, thorough=False)
+    costs = {name: _cost(folders[PARTS[name].folder], formats[name]) for name in missing}
     _check_resources(costs, output_dir)
     with _writing_to(output_dir, command):
-        missing = _missing(output_dir, weight_format, prints, force, thorough=True)
-        _convert_all(folders, lora_scale, output_dir, weight_format, prints, missing)
+        missing = _missing(output_dir, formats, prints, force, thorough=True)
+        _convert_all(folders, lora_scale, output_dir, formats, prints, missing)
         _save_tokenizer(folders["tokenizer"], output_dir / "tokenizer")
         with _staged(output_dir / "scheduler") as folder:
             shutil.copy(folders["scheduler"] / "scheduler_config.json", folder)
         _write_json(index, output_dir / MODEL_INDEX)
     return output_dir
+
+
+def _weight_formats(weight_format: str | dict[str, str]) -> dict[str, str]:
+    """One format for each of PARTS."""
+    if not isinstance(weight_format, dict):
+        weight_format = dict.fromkeys(PARTS, weight_format)
+    for name, value in weight_format.items():
+        choices = ", ".join(repr(part) for part in PARTS)
+        _check(name in PARTS, "weight_format", weight_format, f"formats for some of {choices}")
+        _check_weight_format(value)
+    return {name: weight_format.get(name, "fp16") for name in PARTS}
 
 
 def _fingerprints(folders: dict[str, Path], lora_scale: float) -> dict[str, dict]:
@@ -927,14 +939,19 @@ def _fingerprints(folders: dict[str, Path], lora_scale: float) -> dict[str, dict
 
 
 def _missing(
-    output_dir: Path, weight_format: str, prints: dict[str, dict], force: bool, *, thorough: bool
+    output_dir: Path,
+    formats: dict[str, str],
+    prints: dict[str, dict],
+    force: bool,
+    *,
+    thorough: bool,
 ) -> list[str]:
     """The models that are not there yet, or not as they should be."""
     return [
         name
         for name in PARTS
         if force
-        or not _is_converted(output_dir / name, weight_format, prints[name], thorough=thorough)
+        or not _is_converted(output_dir / name, formats[name], prints[name], thorough=thorough)
     ]
 
 
@@ -942,7 +959,7 @@ def _convert_all(
     folders: dict[str, Path],
     lora_scale: float,
     output_dir: Path,
-    weight_format: str,
+    formats: dict[str, str],
     prints: dict[str, dict],
     missing: list[str],
 ) -> None:
@@ -953,7 +970,7 @@ def _convert_all(
         for name, part in PARTS.items():
             bar.set_description(f"Keeping {name}")
             if name in missing:
-                memory = _cost(folders[part.folder], weight_format).memory / 1e9
+                memory = _cost(folders[part.folder], formats[name]).memory / 1e9
 
                 def tell(doing: str, about=f"Converting {name}, {memory:.1f} GB of memory") -> None:
                     bar.set_description(f"{about}: {doing}")
@@ -962,7 +979,7 @@ def _convert_all(
                 module = _load_part(folders[part.folder], part.loader)
                 if name == "transformer" and "lora" in folders:
                     module = _fuse_lora(module, folders["lora"], lora_scale)
-                _convert(part.trace, module, output_dir / name, weight_format, prints[name], tell)
+                _convert(part.trace, module, output_dir / name, formats[name], prints[name], tell)
                 del module
                 _release_memory()
             bar.update()
@@ -1882,7 +1899,7 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         model_id: str | Path,
         export: bool = False,
         *,
-        weight_format: str = "fp16",
+        weight_format: str | dict[str, str] = "fp16",
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
@@ -2539,7 +2556,8 @@ def optimize_pipeline(
 ) -> Path:
     """Write a smaller, faster copy of an OpenVINO pipeline and return its folder.
 
-    `ov_dir`: a folder of `convert_pipeline` in 16 or 32 bits. `preset`: a name in PRESETS.
+    `ov_dir`: a folder of `convert_pipeline` in 16 or 32 bits. Its text encoder may have 8 or 4 bits
+    already, and is copied then. `preset`: a name in PRESETS.
     `calibration_prompts`: captions, or what `load_calibration_prompts` takes; the shipped ones by
     default. `num_samples`: how many calls of the DiT to calibrate with, five from each picture.
 
@@ -2615,14 +2633,18 @@ def _check_optimize(source: Path, output: Path, preset: str) -> dict[str, Recipe
     recipes, disk = {name: getattr(PRESETS[preset], name) for name in PARTS}, 0.0
     for name, recipe in recipes.items():
         model = _read_ir(source / name)
-        if _is_quantized(model):
+        is_quantized = _is_quantized(model)
+        if is_quantized and name == "text_encoder":  # a large one, small enough to be run now
+            recipes[name] = recipe = Recipe()
+        elif is_quantized:
             raise ValueError(
                 f"ov_dir={str(source)!r} is quantized already (its {name} is): start from a "
                 "folder of convert_pipeline with weight_format='fp16'."
             )
         if not (output / name / IR_NAME).is_file():
-            count = sum(weights.size for weights in _constants(model))
-            disk += _BYTES_A_WEIGHT[recipe.weights or "fp16"] * count
+            weights = _constants(model)
+            bytes_each = _BYTES_A_WEIGHT.get(recipe.weights)
+            disk += sum(one.size * bytes_each if bytes_each else one.nbytes for one in weights)
     _check_disk(disk, output)
     return recipes
 
@@ -3005,7 +3027,8 @@ class _CalibrationData:
         copy in 8 bits is the one that most presets have just made, or one that is gone again soon.
         """
         own, recipe = self.source / "text_encoder", Recipe(weights="int8")
-        if (own / IR_NAME).with_suffix(".bin").stat().st_size < _LARGE_TEXT_ENCODER:
+        is_small = (own / IR_NAME).with_suffix(".bin").stat().st_size < _LARGE_TEXT_ENCODER
+        if is_small or _is_quantized(_read_ir(own)):
             yield own
             return
         record = _optimization_record(self.source, "text_encoder", recipe, self)
@@ -3142,6 +3165,7 @@ def compare_pipelines(
 
     Each pipeline lives in a process of its own, so that its memory can be told, and they take
     turns, so that a machine that slows down slows all of them. One short picture warms up first.
+    Where memory does not hold them all, as many as it does take turns, then the next ones.
     """
     folders = {label: Path(folder) for label, folder in pipelines.items()}
     reference = next(iter(folders), None) if reference is None else reference
@@ -3152,23 +3176,47 @@ def compare_pipelines(
     call = {"num_inference_steps": steps, "guidance_scale": scale}
     if num_inference_steps is None and isinstance(settings, OneStepDefaults):
         call["timesteps"] = list(settings.timesteps)
+    sizes = {label: _sizes_mb(folder) for label, folder in folders.items()}
+    turns: dict[str, list[_Turn]] = {}
+    with tqdm(total=(1 + len(pairs)) * len(folders), unit="picture") as bar:
+        for group in _groups(sizes):
+            turns |= _take_turns({label: folders[label] for label in group}, pairs, call, bar)
+    return _evaluate(turns, sizes, pairs, reference, scorer)
+
+
+def _groups(sizes_mb: dict[str, dict[str, float]]) -> list[list[str]]:
+    """Labels of pipelines that memory holds side by side, in their order."""
+    limit, load = 0.8 * psutil.virtual_memory().available / 1e6, 0.0
+    groups: list[list[str]] = []
+    for label, sizes in sizes_mb.items():
+        # Weights, their copy in the form that the processor likes, pictures on their way; a process
+        need = 1.5 * sum(sizes.values()) + 300
+        if not groups or load + need > limit:
+            groups.append([])
+            load = 0.0
+        groups[-1].append(label)
+        load += need
+    return groups
+
+
+def _take_turns(
+    folders: dict[str, Path], pairs: list[tuple[str, int]], call: dict[str, Any], bar: tqdm
+) -> dict[str, list["_Turn"]]:
+    """Let these pipelines draw all pictures, one after the other."""
     turns: dict[str, list[_Turn]] = {label: [] for label in folders}
-    with (
-        contextlib.ExitStack() as stack,
-        tqdm(total=(1 + len(pairs)) * len(folders), unit="picture") as bar,
-    ):
+    with contextlib.ExitStack() as stack:
         workers = {label: stack.enter_context(_worker(label, folders[label])) for label in folders}
         for label, worker in workers.items():
             bar.set_description(f"Warming up {label}")
-            worker.draw(*pairs[0], **{**call, "num_inference_steps": min(2, steps)})
+            short = {**call, "num_inference_steps": min(2, call["num_inference_steps"])}
+            worker.draw(*pairs[0], **short)
             bar.update()
         for prompt, seed in pairs:
             for label, worker in workers.items():
                 bar.set_description(f"Drawing with {label}")
                 turns[label].append(worker.draw(prompt, seed, **call))
                 bar.update()
-    sizes = {label: _sizes_mb(folder) for label, folder in folders.items()}
-    return _evaluate(turns, sizes, pairs, reference, scorer)
+    return turns
 
 
 def _check_compare(

@@ -1,9 +1,11 @@
 """Comparison: its numbers on turns with known answers, and its processes on random models."""
 
+import contextlib
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,6 +241,29 @@ def test_it_works_from_a_script_without_a_main_guard(folders, tmp_path):
     assert "Traceback" not in done.stderr
     bar = [line for line in done.stderr.replace("\r", "\n").split("\n") if line.strip()]
     assert all("picture" in line for line in bar), bar
+
+
+@pytest.mark.parametrize(("free_gb", "side_by_side"), [(8, 2), (0.7, 1)])
+def test_memory_decides_how_many_take_turns(free_gb, side_by_side, folders, compared, monkeypatch):
+    living, most, start = set(), [], helper._worker
+
+    @contextlib.contextmanager
+    def watch(label, folder):
+        with start(label, folder) as worker:
+            living.add(label)
+            most.append(len(living))
+            yield worker
+        living.remove(label)
+
+    memory = SimpleNamespace(available=free_gb * 1e9)
+    monkeypatch.setattr(helper.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(helper, "_worker", watch)
+    again = compare_pipelines(folders, ["red", "a star"], seeds=[5, 6], num_inference_steps=2)
+    assert max(most) == side_by_side
+    assert list(again.turns) == list(folders)
+    for label in folders:
+        for one, other in zip(again.pictures[label], compared.pictures[label], strict=True):
+            assert one.tobytes() == other.tobytes()
 
 
 def test_a_failure_at_the_far_end_arrives_as_one_line(folders):

@@ -255,6 +255,17 @@ def test_finished_models_are_kept_and_only_what_is_missing_is_made(copies):
     assert redone(source, folder, weight_format="fp16") == set(helper.PARTS)
 
 
+def test_each_model_may_have_a_format_of_its_own(copies):
+    source, folder = copies
+    formats = {"transformer": "fp32", "vae_decoder": "fp32", "text_encoder": "int8"}
+    assert redone(source, folder, weight_format=formats) == {"text_encoder"}
+    assert set(constants(folder / "text_encoder")) >= {"u8"}
+    assert redone(source, folder, weight_format=formats) == set()
+    formats.pop("transformer")  # fp16, then
+    assert redone(source, folder, weight_format=formats) == {"transformer"}
+    assert set(constants(folder / "transformer")) >= {"f16"}
+
+
 def flip_a_bit(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
@@ -491,6 +502,18 @@ def test_bad_arguments_are_answered_in_one_line(checkpoint, converted, transform
     source = checkpoint("alpha")
     for arguments, options, kind, message in [
         ((source, tmp_path / "ov"), {"weight_format": "int2"}, ValueError, "weight_format='int2'"),
+        (
+            (source, tmp_path / "ov"),
+            {"weight_format": {"vae": "int8"}},
+            ValueError,
+            "weight_format={'vae': 'int8'} .*: it has to be .* 'vae_decoder'",
+        ),
+        (
+            (source, tmp_path / "ov"),
+            {"weight_format": {"text_encoder": "int2"}},
+            ValueError,
+            "weight_format='int2'",
+        ),
         ((tmp_path / "nowhere", tmp_path / "ov"), {}, FileNotFoundError, "model_id=.*nowhere"),
         ((source, source), {}, ValueError, "output_dir=.* choose another"),
         ((converted("alpha"), tmp_path / "ov"), {}, ValueError, "converted already"),

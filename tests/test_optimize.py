@@ -492,6 +492,19 @@ def test_a_quantized_source_is_refused(optimized, tmp_path):
         fails(ValueError, "quantized already", optimized(preset), tmp_path / "x")
 
 
+@pytest.mark.parametrize("preset", ["int8", "int4"])
+def test_a_text_encoder_that_is_small_already_is_copied(preset, fp16, tmp_path, monkeypatch):
+    source = shutil.copytree(fp16, tmp_path / "fp16")
+    torch_folder = fp16.parents[1] / "torch"
+    helper.convert_pipeline(torch_folder, source, weight_format={"text_encoder": "int8"})
+    monkeypatch.setattr(helper, "_LARGE_TEXT_ENCODER", 0)
+    folder = optimize_pipeline(source, tmp_path / "out", preset, **DATA)
+    file = "text_encoder/openvino_model.bin"
+    assert (folder / file).read_bytes() == (source / file).read_bytes()
+    assert rounded_inputs(folder, "transformer")
+    assert paint(OVPixArtAlphaPipeline, folder).std() > 0
+
+
 def test_a_source_that_is_no_openvino_folder_is_refused(fp16, tmp_path):
     fails(ValueError, "convert_pipeline first", fp16.parents[1] / "torch", tmp_path / "x")
     fails(FileNotFoundError, "no folder", tmp_path / "nowhere", tmp_path / "x")
