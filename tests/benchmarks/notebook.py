@@ -1,11 +1,18 @@
-"""Runs the notebook as `make run` does, from nothing, and says what time and memory that takes.
+"""Runs the notebook as `make run` does, from nothing, and says what time, memory and disk it takes.
 
-python tests/benchmarks/notebook.py
+    python -m tests.benchmarks.notebook                     # the embedded PixArt-tiny
+    python -m tests.benchmarks.notebook real                # PixArt-XL at 512², 20 guided steps
+    python -m tests.benchmarks.notebook few-steps           # the same in 4 steps, as LCM has it
+    python -m tests.benchmarks.notebook path/of/a/checkpoint
 
-Memory is the most that all its processes held at a time. On Linux, what several of them share
+PixArt-XL comes with T5-XXL, both of the published size and with random weights: its pictures are
+noise. Memory is the most that all processes held at a time. On Linux, what several of them share
 (libraries, mostly) counts once (proportional set size); elsewhere it counts in each of them.
+The notebook that ran is left in `build/`.
 """
 
+import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,17 +21,29 @@ from pathlib import Path
 
 import psutil
 
+from tests.benchmarks import checkpoints
+from tests.benchmarks.cases import FULL, T5_XXL, XL_512
+from tests.benchmarks.workers import call_in_process
+
 ROOT = Path(__file__).parents[2]
+MODEL = '"assets/pixart-tiny"'  # in the notebook's cell that chooses
+SCHEDULERS = {"real": "DPMSolverMultistepScheduler", "few-steps": "LCMScheduler"}
 LEFT_BEHIND = (".git", ".venv", "build", "models")  # converted models would shorten the run
 
 
-def main() -> None:
+def main(model: str = "") -> None:
+    checkpoint = assemble(model) if model in SCHEDULERS else Path(model).resolve()
     with tempfile.TemporaryDirectory() as folder:
         for item in ROOT.iterdir():
             if item.name not in LEFT_BEHIND:
                 (Path(folder) / item.name).symlink_to(item)
+        notebook = (ROOT / "pixart.ipynb").read_text(encoding="utf-8")
+        if model:
+            written = json.dumps(checkpoint.as_posix())
+            assert json.dumps(f"value={MODEL}")[1:-1] in notebook
+            notebook = notebook.replace(json.dumps(MODEL)[1:-1], json.dumps(written)[1:-1], 1)
         (Path(folder) / "pixart.ipynb").unlink()
-        (Path(folder) / "pixart.ipynb").write_bytes((ROOT / "pixart.ipynb").read_bytes())
+        (Path(folder) / "pixart.ipynb").write_text(notebook, encoding="utf-8")
         command = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute"]
         command += ["--KernelManager.transport=ipc", "--log-level=WARN", "--output-dir", "build"]
         start, peak = time.monotonic(), 0.0
@@ -33,9 +52,27 @@ def main() -> None:
             peak = max(peak, memory_gb(process.pid))
             time.sleep(0.5)
         minutes = (time.monotonic() - start) / 60
-    if process.returncode:
-        sys.exit(process.returncode)
-    print(f"The notebook took {minutes:.1f} minutes and at most {peak:.1f} GB of memory.")
+        if process.returncode:
+            sys.exit(process.returncode)
+        disk = sum(f.stat().st_size for f in Path(folder, "models").rglob("*") if f.is_file()) / 1e9
+        name = f"notebook-{checkpoint.name}.ipynb" if model else "notebook.ipynb"
+        (ROOT / "build").mkdir(exist_ok=True)
+        shutil.move(Path(folder, "build", "pixart.ipynb"), ROOT / "build" / name)
+    print(
+        f"The notebook took {minutes:.1f} minutes, at most {peak:.1f} GB of memory, {disk:.1f} GB"
+    )
+    print(f"of disk. It lies in build/{name}.")
+
+
+def assemble(model: str) -> Path:
+    """PixArt-XL for 512² with T5-XXL in one folder, random weights."""
+    root = ROOT / "build" / "bench" / FULL.name
+    for name in (XL_512, T5_XXL):
+        if not checkpoints.has_checkpoint(root, name, FULL):
+            call_in_process(checkpoints.build_checkpoint, root, name, FULL)
+    texts, pictures = (checkpoints.checkpoint_folder(root, name) for name in (T5_XXL, XL_512))
+    folder = root / "notebook" / f"PixArt-XL-512-{model}"
+    return checkpoints.join(folder, texts, pictures, ("transformer", "vae"), SCHEDULERS[model])
 
 
 def memory_gb(pid: int) -> float:
@@ -56,4 +93,4 @@ def memory_gb(pid: int) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])
