@@ -130,6 +130,21 @@ def test_int8_weights_stores_all_matrices_in_8_bits_and_rounds_no_activation(opt
     assert not rounded_inputs(optimized("int8-weights"), part)
 
 
+@pytest.mark.parametrize("is_large", [False, True])
+def test_scales_are_fitted_unless_the_text_encoder_is_large(is_large, fp16, tmp_path, monkeypatch):
+    fitted, compress = [], helper._compress_to_4_bits
+
+    def watch(model, group_size, ignored, dataset):
+        if "last_hidden_state" in model.output(0).get_names():
+            fitted.append(dataset is not None)
+        return compress(model, group_size, ignored, dataset)
+
+    monkeypatch.setattr(helper, "_LARGE", 0 if is_large else 10**9)
+    monkeypatch.setattr(helper, "_compress_to_4_bits", watch)
+    optimize_pipeline(fp16, tmp_path / "int4", "int4", **DATA)
+    assert fitted == [not is_large]
+
+
 @pytest.mark.parametrize(("preset", "sensitive"), [("int4", "u8"), ("hybrid", "i4")])
 def test_int4_stores_the_text_encoder_in_4_bits(optimized, preset, sensitive):
     kinds = {name: kind for name, (kind, _) in layers(optimized(preset), "text_encoder").items()}
@@ -271,7 +286,7 @@ def test_a_large_text_encoder_reads_captions_in_8_bits(
         return make(*args)
 
     folder = Path(optimized("int8")).parent if has_twin else tmp_path
-    monkeypatch.setattr(helper, "_LARGE_TEXT_ENCODER", 0)
+    monkeypatch.setattr(helper, "_LARGE", 0)
     monkeypatch.setattr(helper, "_encode", watch)
     monkeypatch.setattr(helper, "_optimize_part", count)
     data = helper._CalibrationData(fp16, folder / "calibration", PROMPTS[:2], 9, 0)
@@ -497,7 +512,7 @@ def test_a_text_encoder_that_is_small_already_is_copied(preset, fp16, tmp_path, 
     source = shutil.copytree(fp16, tmp_path / "fp16")
     torch_folder = fp16.parents[1] / "torch"
     helper.convert_pipeline(torch_folder, source, weight_format={"text_encoder": "int8"})
-    monkeypatch.setattr(helper, "_LARGE_TEXT_ENCODER", 0)
+    monkeypatch.setattr(helper, "_LARGE", 0)
     folder = optimize_pipeline(source, tmp_path / "out", preset, **DATA)
     file = "text_encoder/openvino_model.bin"
     assert (folder / file).read_bytes() == (source / file).read_bytes()
