@@ -9,6 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.benchmarks.notebook import run
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "pixart.ipynb"
 READING = re.compile(r"on (mint|white) – (right|wrong)")  # as printed by the oracle's cell
@@ -72,3 +74,17 @@ def test_nbval_fails_when_one_oracle_reading_is_altered(notebook, tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     failed = re.findall(r"^FAILED (\S+?)::", result.stdout, re.MULTILINE)
     assert failed == ["altered.ipynb"], result.stdout[-3000:]
+
+
+def test_with_another_model_it_runs_to_its_end(checkpoint, tmp_path):
+    """As with a real checkpoint: no oracle, no PyTorch beside it, nothing in 32 bits."""
+    run(checkpoint("lcm"), tmp_path / "other.ipynb")
+    other = nbformat.read(tmp_path / "other.ipynb", as_version=4)
+    cells = code_cells(other)
+    assert all(cell.execution_count for cell in cells)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    printed = " ".join(text for cell in cells for text in texts(cell))
+    assert "lcm will be converted" in printed
+    assert "4 steps:" in printed
+    assert "PyTorch" not in printed.replace("· PyTorch", "")
