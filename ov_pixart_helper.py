@@ -2492,7 +2492,7 @@ _INT8_VAE = Recipe(weights="int8", activations=True, is_transformer=False)
 
 # T5's answers in 4 bits, signal to error: 19.9 dB; with fitted scales 21.3; with attention's
 # outputs in 8 bits, too, 22.9 (values instead: 22.4, groups of 32: 21.9). For T5-XXL, fitting takes
-# 22 minutes and 22 GB instead of a minute and 3 GB: it goes without (`_check_optimize`).
+# 22 minutes and 22 GB instead of a minute and 3 GB: it goes without (`_choose_recipe`).
 _INT4_TEXT_ENCODER = Recipe(
     weights="int4", sensitive=(r"\.SelfAttention\.o/",), scale_estimation=True
 )
@@ -2631,27 +2631,31 @@ def _check_optimize(source: Path, output: Path, preset: str) -> dict[str, Recipe
     _check_openvino_folder(source)
     _check_intact(source)
     _check_output(output, [source])
-    recipes, disk = {name: getattr(PRESETS[preset], name) for name in PARTS}, 0.0
-    for name, recipe in recipes.items():
+    recipes, disk = {}, 0.0
+    for name in PARTS:
         model = _read_ir(source / name)
-        is_quantized = _is_quantized(model)
-        if name == "text_encoder":
-            if is_quantized:  # a large one, converted so that it can be run
-                recipe = Recipe()
-            elif _is_large(source / name):
-                recipe = replace(recipe, scale_estimation=False)
-            recipes[name] = recipe
-        elif is_quantized:
-            raise ValueError(
-                f"ov_dir={str(source)!r} is quantized already (its {name} is): start from a "
-                "folder of convert_pipeline with weight_format='fp16'."
-            )
+        recipes[name] = _choose_recipe(source, name, preset, is_quantized=_is_quantized(model))
         if not (output / name / IR_NAME).is_file():
+            bytes_each = _BYTES_A_WEIGHT.get(recipes[name].weights)
             weights = _constants(model)
-            bytes_each = _BYTES_A_WEIGHT.get(recipe.weights)
             disk += sum(one.size * bytes_each if bytes_each else one.nbytes for one in weights)
     _check_disk(disk, output)
     return recipes
+
+
+def _choose_recipe(source: Path, name: str, preset: str, *, is_quantized: bool) -> Recipe:
+    """What a preset says of a model; a large text encoder is spared what would take too much."""
+    recipe = getattr(PRESETS[preset], name)
+    if name == "text_encoder":
+        if is_quantized:
+            return Recipe()
+        return replace(recipe, scale_estimation=False) if _is_large(source / name) else recipe
+    if is_quantized:
+        raise ValueError(
+            f"ov_dir={str(source)!r} is quantized already (its {name} is): start from a "
+            "folder of convert_pipeline with weight_format='fp16'."
+        )
+    return recipe
 
 
 def _is_large(folder: Path) -> bool:
