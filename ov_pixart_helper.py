@@ -1749,9 +1749,9 @@ def _fill_tiles(model: ov.Model) -> ov.Model:
     """Let self-attention's queries and keys fill whole tiles, with zeros behind each head's own.
 
     PixArt-XL's heads have 72, two tiles and a quarter, and OpenVINO is slow with the rest. Filled
-    up to 96, a step on two cores takes 0.95 of the time at 512² and 0.92 at 1024². The zeros add
-    nothing to the products, and the scale stays that of 72. Without AMX they would cost 17 % of
-    attention's time.
+    up to 96, a step on two cores took 0.92 to 0.98 of the time at 1024², 0.95 to 1.00 at 512²
+    (`python -m tests.benchmarks.settings dit`, several times). The zeros add nothing to the
+    products, and the scale stays that of 72. Without AMX they would cost 17 % of attention's time.
     """
     for attention in model.get_ops():
         if attention.get_type_name() != "ScaledDotProductAttention":
