@@ -3192,20 +3192,20 @@ def compare_pipelines(
     if num_inference_steps is None and isinstance(settings, OneStepDefaults):
         call["timesteps"] = list(settings.timesteps)
     sizes = {label: _sizes_mb(folder) for label, folder in folders.items()}
+    # Weights, their copy in the form that the processor likes, pictures on their way; a process
+    needs = {label: 1.5 * sum(size.values()) + 300 for label, size in sizes.items()}
     turns: dict[str, list[_Turn]] = {}
     with tqdm(total=(1 + len(pairs)) * len(folders), unit="picture") as bar:
-        for group in _groups(sizes):
+        for group in _side_by_side(needs, 0.8 * psutil.virtual_memory().available / 1e6):
             turns |= _take_turns({label: folders[label] for label in group}, pairs, call, bar)
     return _evaluate(turns, sizes, pairs, reference, scorer)
 
 
-def _groups(sizes_mb: dict[str, dict[str, float]]) -> list[list[str]]:
-    """Labels of pipelines that memory holds side by side, in their order."""
-    limit, load = 0.8 * psutil.virtual_memory().available / 1e6, 0.0
+def _side_by_side(needs: dict[str, float], limit: float) -> list[list[str]]:
+    """Group, in their order, what memory of this limit holds at a time; one is always enough."""
     groups: list[list[str]] = []
-    for label, sizes in sizes_mb.items():
-        # Weights, their copy in the form that the processor likes, pictures on their way; a process
-        need = 1.5 * sum(sizes.values()) + 300
+    load = 0.0
+    for label, need in needs.items():
         if not groups or load + need > limit:
             groups.append([])
             load = 0.0

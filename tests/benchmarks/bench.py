@@ -257,16 +257,10 @@ class Bench:
 
     def _groups(self, case: Case, engines: list[str]) -> list[list[str]]:
         """Engines that fit into memory side by side; one group takes its turns after the other."""
-        groups: list[list[str]] = []
-        limit, load = _FREE_SHARE * _free_gb(), 0.0
-        for engine in engines:
-            need = plan.memory_gb(case, engine, self.scale)
-            if not groups or load + need > limit or case.kind == "convert":
-                groups.append([])
-                load = 0.0
-            groups[-1].append(engine)
-            load += need
-        return groups
+        if case.kind == "convert":
+            return [[engine] for engine in engines]
+        needs = {engine: plan.memory_gb(case, engine, self.scale) for engine in engines}
+        return helper._side_by_side(needs, _FREE_SHARE * _free_gb())
 
     def _take_turns(
         self,
