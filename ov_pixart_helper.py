@@ -140,6 +140,8 @@ with _quiet():
     from transformers import T5EncoderModel, T5Tokenizer
     from transformers.utils import ModelOutput
 
+    from ov_pixart.families import ASPECT_RATIOS, Family, find_family
+
     nncf.set_log_level(logging.ERROR)
 
 MODEL_INDEX = "model_index.json"
@@ -981,7 +983,7 @@ def _convert_all(
                     module = _fuse_lora(module, folders["lora"], lora_scale)
                 _convert(part.trace, module, output_dir / name, formats[name], prints[name], tell)
                 del module
-                _release_memory()
+                release_memory()
             bar.update()
         bar.set_description("Converted")
 
@@ -1106,7 +1108,7 @@ def _read_model_index(folder: Path) -> dict:
         raise FileNotFoundError(
             f"{str(folder)!r} has no {MODEL_INDEX}: name the folder of a whole PixArt pipeline."
         )
-    index = _read_config(file)
+    index = read_json(file)
     if _family(index) is None:
         raise ValueError(
             f"{str(folder)!r} holds a {index.get('_class_name')}: only PixArtAlphaPipeline and "
@@ -1186,7 +1188,7 @@ def _fetch_lora(lora: str | Path, *hub) -> Path:
         raise FileNotFoundError(
             f"lora={str(lora)!r} holds no adapter_config.json: name a folder that peft has saved."
         )
-    kind = _read_config(folder / "adapter_config.json").get("peft_type")
+    kind = read_json(folder / "adapter_config.json").get("peft_type")
     _check(kind == "LORA", "lora", str(lora), f"a LoRA, not of type {kind!r}")
     if not (folder / "adapter_model.safetensors").is_file():
         raise ValueError(
@@ -1229,12 +1231,12 @@ def _fuse_lora(transformer: PixArtTransformer, folder: Path, scale: float) -> Pi
 
 def _check_components_fit(folders: dict[str, Path]) -> None:
     """Say in one line if the transformer speaks another width than its neighbours."""
-    transformer = _read_config(folders["transformer"] / "config.json")
+    transformer = read_json(folders["transformer"] / "config.json")
     for name, theirs, ours in (
         ("text_encoder", "d_model", "caption_channels"),
         ("vae", "latent_channels", "in_channels"),
     ):
-        width = _read_config(folders[name] / "config.json").get(theirs)
+        width = read_json(folders[name] / "config.json").get(theirs)
         expected = transformer.get(ours)
         if None not in (width, expected) and width != expected:
             raise ValueError(
@@ -1309,7 +1311,7 @@ def _check_downloads(folder: Path) -> None:
 def _read_scheduler_name(folder: Path) -> str:
     """The class of a folder's scheduler, one of diffusers' that PixArt's pipelines can drive."""
     file = folder / "scheduler_config.json"
-    name = str(_read_config(file).get("_class_name"))
+    name = str(read_json(file).get("_class_name"))
     found = getattr(diffusers, name, None)
     known = isinstance(found, type) and issubclass(found, SchedulerMixin)
     if not known or not hasattr(found, "scale_model_input"):
@@ -1430,16 +1432,7 @@ class GenerationDefaults:
     max_sequence_length: int
     height: int
     width: int
-
-
-@dataclass(frozen=True)
-class OneStepDefaults(GenerationDefaults):
-    """A checkpoint distilled by distribution matching (DMD) was taught at one timestep only.
-
-    Source: the model card of PixArt-Alpha-DMD-XL-2-512x512.
-    """
-
-    timesteps: tuple[int, ...] = (400,)
+    timesteps: tuple[int, ...] | None = None  # only for one-step (DMD) checkpoints
 
 
 def default_settings(model_dir: str | Path) -> GenerationDefaults:
@@ -1448,7 +1441,7 @@ def default_settings(model_dir: str | Path) -> GenerationDefaults:
     LCM checkpoints draw in 4 steps and without guidance (PixArt: any scale ≤ 1 switches it off),
     the others in 20 steps with scale 4.5. α reads 120 tokens, Σ reads 300. Size in pixels.
 
-    DMD checkpoints draw in one step from the middle of the schedule, see `OneStepDefaults`. Nothing
+    DMD checkpoints draw in one step from the middle of the schedule, see `timesteps`. Nothing
     in their folder says so. What tells them is the scheduler that their model card asks for, DDPM,
     which no other α checkpoint comes with: `convert_pipeline(..., scheduler=)` puts it there.
     """
@@ -1458,21 +1451,25 @@ def default_settings(model_dir: str | Path) -> GenerationDefaults:
     family = _family(_read_model_index(folder))
     scheduler = _read_scheduler_name(folder / "scheduler")
     vae = "vae_decoder" if _is_openvino_folder(folder) else "vae"
-    blocks = _read_config(folder / vae / "config.json").get("block_out_channels", [0] * 4)
-    sample_size = _read_config(folder / "transformer" / "config.json").get("sample_size", 128)
+    blocks = read_json(folder / vae / "config.json").get("block_out_channels", [0] * 4)
+    sample_size = read_json(folder / "transformer" / "config.json").get("sample_size", 128)
     size = sample_size * 2 ** (len(blocks) - 1)
     shape = {"max_sequence_length": _MAX_TOKENS[family], "height": size, "width": size}
     if scheduler == "LCMScheduler":
         return GenerationDefaults(num_inference_steps=4, guidance_scale=0.0, **shape)
     if scheduler == "DDPMScheduler" and family == "PixArtAlphaPipeline":
-        return OneStepDefaults(num_inference_steps=1, guidance_scale=1.0, **shape)
+        # The only timestep such a model was trained at: model card of
+        # PixArt-Alpha-DMD-XL-2-512x512.
+        return GenerationDefaults(
+            num_inference_steps=1, guidance_scale=1.0, timesteps=(400,), **shape
+        )
     return GenerationDefaults(num_inference_steps=20, guidance_scale=4.5, **shape)
 
 
 _MAX_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 
 
-def _read_config(file: Path) -> dict:
+def read_json(file: Path) -> dict:
     if not file.is_file():
         raise FileNotFoundError(
             f"{str(file)!r} is missing: the folder is incomplete, download or convert it again."
@@ -1536,7 +1533,7 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
             inputs = self._model.inputs
             self._shapes = {port.get_any_name(): port.get_partial_shape() for port in inputs}
             self._model = self.request = None
-            _release_memory()
+            release_memory()
 
     def compile(self) -> None:
         _ = self.model  # with `compile_only` that is all
@@ -1647,7 +1644,7 @@ def _first_run_spares_memory(part: OVPipelinePart) -> Iterator[None]:
     part._has_run = weakref.ref(part.request)  # or what is released would stay
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
     """Give the system back what a model has left: garbage, and heap that is free."""
     gc.collect()
     _trim_heap()
@@ -2304,7 +2301,7 @@ for _key, _class in (
 def _check_openvino_folder(folder: Path) -> None:
     """Every component that `model_index.json` names must be there in full."""
     _read_scheduler_name(folder / "scheduler")
-    _read_config(folder / "tokenizer" / "tokenizer_config.json")
+    read_json(folder / "tokenizer" / "tokenizer_config.json")
     for name in PARTS:
         for file in (IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json"):
             if not (folder / name / file).is_file():
@@ -2328,6 +2325,24 @@ def _damaged(file: Path) -> str:
         f"{str(file)!r} is damaged: run {_how_to_finish(file.parents[1])} once more, as the first "
         "time; it makes this model anew and keeps the others."
     )
+
+
+def family_of(folder: str | Path) -> Family:
+    """The family of a diffusers or OpenVINO folder."""
+    return find_family(_read_model_index(Path(folder))["_class_name"])
+
+
+def image_sizes(folder: str | Path) -> dict[str, tuple[int, int]]:
+    """`(height, width)` in pixels that a checkpoint was trained on, by ASPECT_RATIOS' names.
+
+    A checkpoint without aspect-ratio bins has its own square only.
+    """
+    folder = Path(folder)
+    defaults = default_settings(folder)
+    sample_size = read_json(folder / "transformer" / "config.json").get("sample_size", 128)
+    return family_of(folder).image_sizes(sample_size) or {
+        "1:1": (defaults.height, defaults.width)
+    }
 
 
 def _check_device(device: str) -> None:
@@ -2703,7 +2718,7 @@ def _optimize_part(
         return
     samples = data.samples(name, progress=progress) if recipe.needs_data else []
     model = _read_ir(source / name)
-    config = SimpleNamespace(**_read_config(source / name / "config.json"))
+    config = SimpleNamespace(**read_json(source / name / "config.json"))
     passes = recipe.scale_estimation + recipe.activations * (1 + (recipe.smooth_quant >= 0))
     mapped = _MappedWeights(_constants(model))
     with (
@@ -2934,7 +2949,7 @@ def _choose_prompts(
     """Draw as many different captions as calibration takes."""
     if calibration_prompts is None:
         # T5-XXL reads English, a small text encoder was taught one grammar of scenes.
-        width = _read_config(source / "text_encoder" / "config.json").get("d_model", 4096)
+        width = read_json(source / "text_encoder" / "config.json").get("d_model", 4096)
         name = "natural-calibration.csv" if width >= 4096 else "pixart-tiny-calibration.csv"
         calibration_prompts = CAPTIONS / name
     if isinstance(calibration_prompts, str | Path):
@@ -3021,7 +3036,7 @@ class _CalibrationData:
                     width=width,
                     num_inference_steps=settings.num_inference_steps,
                     guidance_scale=settings.guidance_scale,
-                    timesteps=list(getattr(settings, "timesteps", ())) or None,
+                    timesteps=settings.timesteps and list(settings.timesteps),
                     generator=torch.Generator().manual_seed(self.seed + i),
                     first=i,
                 )
@@ -3189,7 +3204,7 @@ def compare_pipelines(
     steps = settings.num_inference_steps if num_inference_steps is None else num_inference_steps
     scale = settings.guidance_scale if guidance_scale is None else guidance_scale
     call = {"num_inference_steps": steps, "guidance_scale": scale}
-    if num_inference_steps is None and isinstance(settings, OneStepDefaults):
+    if num_inference_steps is None and settings.timesteps:
         call["timesteps"] = list(settings.timesteps)
     sizes = {label: _sizes_mb(folder) for label, folder in folders.items()}
     # Weights, their copy in the form that the processor likes, pictures on their way; a process
@@ -3370,7 +3385,7 @@ class _Artist:
     """A pipeline, OpenVINO or torch, with a stopwatch at each of its three models."""
 
     def __init__(self, folder: Path):
-        self.pipeline = _load_pipeline(folder)
+        self.pipeline = load_pipeline(folder)
         self.pipeline.set_progress_bar_config(disable=True)
         self.seconds: dict[str, list[float]] = {}
         for stage, model, method in (
@@ -3407,7 +3422,7 @@ class _Artist:
         )
 
 
-def _load_pipeline(folder: Path) -> Any:
+def load_pipeline(folder: Path) -> Any:
     """An OpenVINO pipeline as `from_pretrained` gives it, or a torch one in float32."""
     is_alpha = _family(_read_model_index(folder)) == "PixArtAlphaPipeline"
     if _is_openvino_folder(folder):

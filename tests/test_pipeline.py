@@ -765,7 +765,7 @@ def test_each_family_knows_its_defaults(family, expected, checkpoint, converted)
 def test_a_dmd_checkpoint_draws_in_one_step_from_the_middle(checkpoint, converted):
     for folder in (checkpoint("dmd"), converted("dmd")):
         settings = helper.default_settings(folder)
-        assert settings == helper.OneStepDefaults(1, 1.0, 120, 512, 512)
+        assert settings == helper.GenerationDefaults(1, 1.0, 120, 512, 512, (400,))
         assert settings.timesteps == (400,)
 
 

@@ -238,7 +238,7 @@ def measure_layers(checkpoint: Path, samples: int = 40) -> None:
     ):
         data = helper._CalibrationData(fp16, WORK / "calibration", captions, num, len(captions))
         sets[name] = data.samples("transformer", progress=False)
-    config = SimpleNamespace(**helper._read_config(fp16 / "transformer" / "config.json"))
+    config = SimpleNamespace(**helper.read_json(fp16 / "transformer" / "config.json"))
     truth = answers(helper._read_ir(fp16 / "transformer"), sets["held out"])
     print("DiT against itself in floating point, signal to error in dB, higher is better")
     for name, recipe in layer_variants():
