@@ -103,7 +103,7 @@ with _quiet():
     import psutil
     import rich.progress
     import torch
-    from diffusers import AutoencoderKL, PixArtAlphaPipeline, PixArtSigmaPipeline
+    from diffusers import DiffusionPipeline, AutoencoderKL, PixArtAlphaPipeline, PixArtSigmaPipeline
     from diffusers import PixArtTransformer2DModel as PixArtTransformer
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
     from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
@@ -140,7 +140,7 @@ with _quiet():
     from transformers import T5EncoderModel, T5Tokenizer
     from transformers.utils import ModelOutput
 
-    from ov_pixart.families import ASPECT_RATIOS, Family, find_family
+    from ov_pixart.families import ALPHA, SIGMA, Family, find_family
 
     nncf.set_log_level(logging.ERROR)
 
@@ -1109,7 +1109,7 @@ def _read_model_index(folder: Path) -> dict:
             f"{str(folder)!r} has no {MODEL_INDEX}: name the folder of a whole PixArt pipeline."
         )
     index = read_json(file)
-    if _family(index) is None:
+    if find_family(index.get("_class_name")) is None:
         raise ValueError(
             f"{str(folder)!r} holds a {index.get('_class_name')}: only PixArtAlphaPipeline and "
             "PixArtSigmaPipeline can be used here, choose a PixArt-α or PixArt-Σ checkpoint."
@@ -1122,12 +1122,6 @@ def _read_model_index(folder: Path) -> dict:
                 "transformers is never run, name the checkpoint that this one was made from."
             )
     return index
-
-
-def _family(index: dict) -> str | None:
-    """The diffusers class a folder is for, if it is one of the two; "OV" in front is no matter."""
-    name = str(index.get("_class_name")).removeprefix("OV")
-    return name if name in ("PixArtAlphaPipeline", "PixArtSigmaPipeline") else None
 
 
 def _is_openvino_folder(folder: Path) -> bool:
@@ -1448,25 +1442,22 @@ def default_settings(model_dir: str | Path) -> GenerationDefaults:
     folder = Path(model_dir)
     if not folder.is_dir():
         raise FileNotFoundError(f"model_dir={str(model_dir)!r} is no folder: check the path.")
-    family = _family(_read_model_index(folder))
+    family = family_of(folder)
     scheduler = _read_scheduler_name(folder / "scheduler")
     vae = "vae_decoder" if _is_openvino_folder(folder) else "vae"
     blocks = read_json(folder / vae / "config.json").get("block_out_channels", [0] * 4)
     sample_size = read_json(folder / "transformer" / "config.json").get("sample_size", 128)
     size = sample_size * 2 ** (len(blocks) - 1)
-    shape = {"max_sequence_length": _MAX_TOKENS[family], "height": size, "width": size}
+    shape = {"max_sequence_length": family.max_tokens, "height": size, "width": size}
     if scheduler == "LCMScheduler":
         return GenerationDefaults(num_inference_steps=4, guidance_scale=0.0, **shape)
-    if scheduler == "DDPMScheduler" and family == "PixArtAlphaPipeline":
+    if scheduler == "DDPMScheduler" and family is ALPHA:
         # The only timestep such a model was trained at: model card of
         # PixArt-Alpha-DMD-XL-2-512x512.
         return GenerationDefaults(
             num_inference_steps=1, guidance_scale=1.0, timesteps=(400,), **shape
         )
     return GenerationDefaults(num_inference_steps=20, guidance_scale=4.5, **shape)
-
-
-_MAX_TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 
 
 def read_json(file: Path) -> dict:
@@ -1830,6 +1821,7 @@ class OVPixArtVae(OVModelVae):
 class _OVPixArtPipeline(OVDiffusionPipeline):
     """What α and Σ share. Optimum's pipeline with PixArt's transformer, shapes and checks."""
 
+    family: Family
     main_input_name = "prompt"
     export_feature = "text-to-image"
 
@@ -1924,9 +1916,10 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
             "local_files_only": local_files_only,
         }
         folder = _fetch(model_id, *hub.values())
-        family = _family(_read_model_index(folder))
-        if family != cls.auto_model_class.__name__:
-            raise ValueError(f"model_id={str(model_id)!r} is a {family}: load it with OV{family}.")
+        family = family_of(folder)
+        if family is not cls.family:
+            name = family.class_name
+            raise ValueError(f"model_id={str(model_id)!r} is a {name}: load it with OV{name}.")
         converted = None
         if not _is_openvino_folder(folder):
             converted = Path(tempfile.mkdtemp(prefix="ov-pixart-"))
@@ -2026,7 +2019,7 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
             _check(_is_count(max_sequence_length), "max_sequence_length", max_sequence_length, rule)
 
         self.is_dynamic = -1 in {batch_size, height, width, num_images_per_prompt}
-        tokens = max_sequence_length or (-1 if self.is_dynamic else self._family_tokens)
+        tokens = max_sequence_length or (-1 if self.is_dynamic else self.family.max_tokens)
         pictures = -1 if -1 in counts.values() else batch_size * num_images_per_prompt
         rows, columns = (s if s == -1 else s // self.vae_scale_factor for s in (height, width))
 
@@ -2045,10 +2038,6 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
             _reshape(self.text_encoder.model, input_ids=text, attention_mask=text)
         self.clear_requests()
         return self
-
-    @property
-    def _family_tokens(self) -> int:
-        return _MAX_TOKENS[self.auto_model_class.__name__]
 
     @property
     def _static(self) -> dict[str, int]:
@@ -2161,7 +2150,7 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
     def _check_size(self, call: dict[str, Any]) -> None:
         """Bins exist for some models only; without them, a picture is made of whole tokens."""
         sample_size = self.transformer.config.sample_size
-        bins = (32, 64, 128) if self._family_tokens == 120 else (32, 64, 128, 256)
+        bins = tuple(self.family.bins)
         binning = call["use_resolution_binning"]
         if binning and sample_size not in bins:
             rule = f"False for a model with sample_size {sample_size} (bins exist for {bins})"
@@ -2192,7 +2181,7 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
             most = config.get("original_inference_steps") or config.get("num_train_timesteps", 1000)
             rule = f"{most} or fewer with {scheduler}"
             _check(steps <= most, "num_inference_steps", steps, rule)
-        if steps == 1 and isinstance(self, PixArtAlphaPipeline) and self._needs_two_steps():
+        if steps == 1 and self.family is ALPHA and self._needs_two_steps():
             # diffusers asks the scheduler for the clean picture then, and these have none to give
             rule = f"2 or more with {scheduler} (one step takes an LCM or DDPM scheduler)"
             _check(False, next(iter(given), "num_inference_steps"), given or steps, rule)
@@ -2262,13 +2251,20 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
 class OVPixArtAlphaPipeline(_OVPixArtPipeline, PixArtAlphaPipeline):
     """PixArt-α on OpenVINO: 256, 512 and 1024-MS checkpoints, LCM and DMD among them."""
 
+    family = ALPHA
     auto_model_class = PixArtAlphaPipeline
 
 
 class OVPixArtSigmaPipeline(_OVPixArtPipeline, PixArtSigmaPipeline):
     """PixArt-Σ on OpenVINO: 256, 512, 1024-MS and 2K-MS checkpoints."""
 
+    family = SIGMA
     auto_model_class = PixArtSigmaPipeline
+
+
+OV_PIPELINES = {
+    pipeline.family.name: pipeline for pipeline in (OVPixArtAlphaPipeline, OVPixArtSigmaPipeline)
+}
 
 
 # How transformers files its notice about texts that are longer than it thinks T5 can read.
@@ -2340,9 +2336,7 @@ def image_sizes(folder: str | Path) -> dict[str, tuple[int, int]]:
     folder = Path(folder)
     defaults = default_settings(folder)
     sample_size = read_json(folder / "transformer" / "config.json").get("sample_size", 128)
-    return family_of(folder).image_sizes(sample_size) or {
-        "1:1": (defaults.height, defaults.width)
-    }
+    return family_of(folder).image_sizes(sample_size) or {"1:1": (defaults.height, defaults.width)}
 
 
 def _check_device(device: str) -> None:
@@ -3016,10 +3010,7 @@ class _CalibrationData:
     def _record(self, file: Path, *, progress: bool) -> None:
         """Draw one picture a prompt, several aspect ratios in turn, up to the final latents."""
         settings = default_settings(self.source)
-        loaders = {"α": OVPixArtAlphaPipeline, "Σ": OVPixArtSigmaPipeline}
-        is_alpha = _family(_read_model_index(self.source)) == "PixArtAlphaPipeline"
-        pipeline = loaders["α" if is_alpha else "Σ"].from_pretrained(self.source, compile=False)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = load_pipeline(self.source, compile=False)
         sizes = _calibration_sizes(pipeline, settings)
         with self._text_encoder(progress=progress) as folder:
             pipeline.text_encoder.model = _read_ir(folder)
@@ -3112,7 +3103,7 @@ def _encode(
         prompt,
         do_classifier_free_guidance=guidance_scale > 1,
         clean_caption=True,
-        max_sequence_length=pipeline._family_tokens,
+        max_sequence_length=pipeline.family.max_tokens,
     )
     return dict(zip(names, tensors, strict=True))
 
@@ -3263,8 +3254,10 @@ def _check_compare(
         if not folder.is_dir():
             raise FileNotFoundError(f"pipelines[{label!r}]={str(folder)!r} is no folder.")
         _read_model_index(folder)
-        check = _check_openvino_folder if _is_openvino_folder(folder) else _check_torch_folder
-        check(folder)
+        if _is_openvino_folder(folder):
+            _check_openvino_folder(folder)
+        else:
+            _check_torch_folder(folder)
     _check(_is_text(prompts), "prompts", prompts, "a string or a list of at least one string")
     prompts = [prompts] if isinstance(prompts, str) else prompts
     seeds = [seeds] if isinstance(seeds, int) else list(seeds)
@@ -3386,7 +3379,6 @@ class _Artist:
 
     def __init__(self, folder: Path):
         self.pipeline = load_pipeline(folder)
-        self.pipeline.set_progress_bar_config(disable=True)
         self.seconds: dict[str, list[float]] = {}
         for stage, model, method in (
             ("text_encoder", self.pipeline.text_encoder, "forward"),
@@ -3422,20 +3414,26 @@ class _Artist:
         )
 
 
-def load_pipeline(folder: Path) -> Any:
-    """An OpenVINO pipeline as `from_pretrained` gives it, or a torch one in float32."""
-    is_alpha = _family(_read_model_index(folder)) == "PixArtAlphaPipeline"
+def load_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
+    """Load a pipeline without its progress bar: an OpenVINO folder, or a torch one in float32.
+
+    `options`: arguments of `from_pretrained`, such as `device` or `ov_config`.
+    """
+    folder = Path(folder)
+    family = family_of(folder)
     if _is_openvino_folder(folder):
-        return (OVPixArtAlphaPipeline if is_alpha else OVPixArtSigmaPipeline).from_pretrained(
-            folder
+        pipeline = OV_PIPELINES[family.name].from_pretrained(folder, **options)
+    else:
+        modules = {
+            part.folder: _load_part(folder / part.folder, part.loader).float()
+            for part in PARTS.values()
+        }
+        tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        pipeline = family.torch_class.from_pretrained(
+            folder, local_files_only=True, tokenizer=tokenizer, **modules, **options
         )
-    modules = {
-        part.folder: _load_part(folder / part.folder, part.loader).float()
-        for part in PARTS.values()
-    }
-    tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    family = PixArtAlphaPipeline if is_alpha else PixArtSigmaPipeline
-    return family.from_pretrained(folder, local_files_only=True, tokenizer=tokenizer, **modules)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _peak_memory_mb() -> float:

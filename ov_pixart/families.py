@@ -62,6 +62,6 @@ FAMILIES = (ALPHA, SIGMA)
 
 
 def find_family(class_name: str) -> Family | None:
-    """The family of a pipeline class as `model_index.json` names it; an "OV" in front is ignored."""
+    """The family of a pipeline class in `model_index.json`; a leading "OV" is ignored."""
     names = {family.class_name: family for family in FAMILIES}
     return names.get(str(class_name).removeprefix("OV"))
