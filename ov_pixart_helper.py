@@ -103,7 +103,7 @@ with _quiet():
     import psutil
     import rich.progress
     import torch
-    from diffusers import DiffusionPipeline, AutoencoderKL, PixArtAlphaPipeline, PixArtSigmaPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
     from diffusers import PixArtTransformer2DModel as PixArtTransformer
     from diffusers.models.modeling_outputs import Transformer2DModelOutput
     from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
@@ -1653,16 +1653,6 @@ def _trim_heap() -> None:
 class OVPixArtTransformer(OVPipelinePart):
     """The compiled DiT, called the way diffusers calls `PixArtTransformer2DModel`."""
 
-    def compile(self) -> None:
-        if self.request is not None or not _computes_in_tiles(self._device, self.ov_config):
-            return super().compile()
-        model = self.model
-        try:
-            self.model = _fill_tiles(model.clone())
-            super().compile()
-        finally:
-            self.model = model  # as it was: it may be saved, or move to another device
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -1720,44 +1710,6 @@ class OVPixArtTransformer(OVPipelinePart):
                 for i in range(0, rows, size)
             ]
         return results[0] if len(results) == 1 else np.concatenate(results)
-
-
-def _computes_in_tiles(device: str, config: dict[str, Any]) -> bool:
-    """Whether products will be AMX's, in bfloat16: OpenVINO's own choice where there is AMX."""
-    precision = config.get("INFERENCE_PRECISION_HINT", "bf16")
-    exact = str(config.get("EXECUTION_MODE_HINT", "")).upper().endswith("ACCURACY")
-    has_amx = torch.cpu.get_capabilities().get("amx_bf16", False)
-    return device == "CPU" and has_amx and precision in ("bf16", ov.Type.bf16) and not exact
-
-
-_TILE = 32  # numbers of 16 bits in a row of AMX's tiles
-
-
-def _fill_tiles(model: ov.Model) -> ov.Model:
-    """Let self-attention's queries and keys fill whole tiles, with zeros behind each head's own.
-
-    PixArt-XL's heads have 72, two tiles and a quarter, and OpenVINO is slow with the rest. Filled
-    up to 96, a step on two cores took 0.92 to 0.98 of the time at 1024², 0.95 to 1.00 at 512²
-    (`python -m tests.benchmarks.settings dit`, several times). The zeros add nothing to the
-    products, and the scale stays that of 72. Without AMX they would cost 17 % of attention's time.
-    """
-    for attention in model.get_ops():
-        if attention.get_type_name() != "ScaledDotProductAttention":
-            continue
-        if attention.get_input_size() > 3:  # a mask: cross-attention, which has few keys
-            continue
-        query, key, value = (attention.input_value(i) for i in range(3))
-        size = query.get_partial_shape()[3].get_length()
-        missing = -size % _TILE
-        if missing == 0 or missing > size // 3:  # much of it would be zeros
-            continue
-        nothing, scale = np.float32(0), np.float32(size**-0.5)
-        ends = ([0, 0, 0, 0], [0, 0, 0, missing])
-        query, key = (ov.opset13.pad(one, *ends, "constant", nothing) for one in (query, key))
-        padded = ov.opset13.scaled_dot_product_attention(query, key, value, nothing, scale)
-        padded.set_friendly_name(attention.get_friendly_name())
-        attention.output(0).replace(padded.output(0))
-    return model
 
 
 # ---- the VAE in diffusers' place ----------------------------------------------------------------

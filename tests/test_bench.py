@@ -86,7 +86,6 @@ def test_settings_take_turns_with_what_they_are_held_against(measured):
         Setting(CASE, "static shapes", static=True),
         Setting(CASE, "two rows", {"INFERENCE_NUM_THREADS": 1}, rows=2),
         Setting(CASE, "two calls", calls=2, against="two rows"),
-        Setting(CASE, "heads not filled", filled=False),
     )
     lines = measure(settings, _folder(measured), "ov-fp16", MINIATURE, turns=2)
     assert [line["setting"] for line in lines] == [setting.name for setting in settings]

@@ -30,14 +30,12 @@ TURNS = 7
 @dataclass(frozen=True)
 class Setting:
     """One thing that is done otherwise. `config`: OpenVINO's properties; `static`: shapes are
-    fixed; `filled`: whether heads fill AMX's tiles; `rows`: pictures a call, `calls`: how many
-    calls one turn has."""
+    fixed; `rows`: pictures a call, `calls`: how many calls one turn has."""
 
     case: str
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     static: bool = False
-    filled: bool = True
     rows: int = 1
     calls: int = 1
     against: str = "default"
@@ -46,7 +44,6 @@ class Setting:
 SETTINGS = (
     Setting("dit_step_512", "default"),
     Setting("dit_step_512", "static shapes", static=True),
-    Setting("dit_step_512", "heads not filled", filled=False),
     Setting("dit_step_512", "float32 between", {"INFERENCE_PRECISION_HINT": "f32"}),
     Setting("dit_step_512", "one thread", {"INFERENCE_NUM_THREADS": 1}),
     Setting("dit_step_512", "throughput", {"PERFORMANCE_HINT": "THROUGHPUT"}),
@@ -55,7 +52,6 @@ SETTINGS = (
     Setting("dit_step_512", "guidance in two", calls=2, against="guidance in one call"),
     Setting("dit_step_1024", "default"),
     Setting("dit_step_1024", "static shapes", static=True),
-    Setting("dit_step_1024", "heads not filled", filled=False),
     Setting("dit_step_1024", "no pinning", {"ENABLE_CPU_PINNING": "NO"}),
     Setting("vae_decode_512", "default"),
     Setting("vae_decode_512", "static shapes", static=True),
@@ -73,8 +69,6 @@ class Subject:
 
     def __init__(self, setting: Setting, engine: str, folder: Path, scale: Scale):
         case = CASES[setting.case]
-        if not setting.filled:
-            helper._fill_tiles = lambda model: model  # in this process only
         pipeline = load_openvino(folder, ov_config=setting.config)
         if setting.static:
             size = scale.pixels(case)
