@@ -10,7 +10,6 @@ The file reads in the order an image travels:
 Import this module before `openvino` or `nncf`: it switches their usage telemetry off.
 """
 
-import bisect
 import contextlib
 import ctypes
 import errno
@@ -398,24 +397,23 @@ def _trace(
 
 
 @contextlib.contextmanager
-def _ready_for_tracing(module: torch.nn.Module, weight_format: str) -> Iterator["_MappedWeights"]:
+def _ready_for_tracing(module: torch.nn.Module, weight_format: str) -> Iterator[None]:
     """Let a module of any precision be traced in float32 without copying its big weights.
 
     OpenVINO's 16-bit patch puts placeholders where the weights of linear layers and embeddings
     were, so that tracing computes shapes only, and hands the stored weights to the graph as they
     are. For "fp32", 16-bit weights are turned into float32 first, else float32 into float16.
-    Yields what gives the memory of files back. Afterwards the module is as it was.
+    Afterwards the module is as it was.
     """
     stored = [(tensor, tensor.data) for tensor in (*module.parameters(), *module.buffers())]
-    mapped = _MappedWeights(module.state_dict().values())
     try:
         if weight_format == "fp32":
             for tensor, data in stored:
                 tensor.data = data.float() if data.dtype.is_floating_point else data
         else:
-            _narrow(module, mapped)
+            _narrow(module)
         make_16bit_traceable(module)
-        yield mapped
+        yield
     finally:
         unpatch_model(module, "_openvino_module_extension_patch_orig_forward")
         for tensor, data in stored:
@@ -423,7 +421,7 @@ def _ready_for_tracing(module: torch.nn.Module, weight_format: str) -> Iterator[
         clear_class_registry()  # TorchScript remembers what it has traced, and holds its weights
 
 
-def _narrow(module: torch.nn.Module, mapped: "_MappedWeights") -> None:
+def _narrow(module: torch.nn.Module) -> None:
     """Turn float32 matrices into float16, one after another, so that both are never there whole.
 
     In float32, OpenVINO would read all of them at a time: when it tidies up what it has traced,
@@ -435,67 +433,6 @@ def _narrow(module: torch.nn.Module, mapped: "_MappedWeights") -> None:
             narrow = wide.half() if wide.dtype == torch.float32 else wide
             if torch.isfinite(narrow).all():  # float16 ends at 65504
                 layer.weight.data = narrow
-            mapped.have_read(wide.nbytes)
-    mapped.give_back()
-
-
-class _MappedWeights:
-    """Gives the memory of weight files back that have been read: the system reads them again.
-
-    Loaded weights are files mapped into memory. What has been read of them counts as the memory of
-    this process until it gets short; on Linux it can be handed back at once (`madvise`).
-    """
-
-    EVERY = 64_000_000  # bytes to be read before
-
-    def __init__(self, weights: Iterable[torch.Tensor | np.ndarray]):
-        """`weights` that may be mapped from files; one of each file is held.
-
-        While it is, its file stays mapped where it is. Were that place given to anything else
-        between looking it up and handing it back, what had been put there would be lost.
-        """
-        self.held: dict[int, torch.Tensor | np.ndarray] = {}
-        self.since = 0
-        if not sys.platform.startswith("linux"):
-            return
-        places = {_address(weight): weight for weight in weights}
-        addresses = sorted(places)
-        for _, start, end in _mapped_files():
-            if (i := bisect.bisect_left(addresses, start)) < bisect.bisect_left(addresses, end):
-                self.held[addresses[i]] = places[addresses[i]]
-
-    def have_read(self, size: int) -> None:
-        """Count bytes, and give back now and then."""
-        self.since += size
-        if self.since >= self.EVERY:
-            self.give_back()
-
-    def give_back(self) -> None:
-        """Give back what is mapped and unchanged: a page that was written to is nowhere else."""
-        self.since = 0
-        if not self.held:
-            return
-        _trim_heap()
-        libc = ctypes.CDLL(None)
-        for mapping, start, end in _mapped_files():
-            is_ours = any(start <= address < end for address in self.held)
-            if is_ours and not mapping.anonymous and not mapping.swap:
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
-
-
-_MADV_DONTNEED = 4  # of Linux's <sys/mman.h>
-
-
-def _mapped_files() -> Iterator[tuple[Any, int, int]]:
-    """The files that are mapped into this process: each with its first address and its end."""
-    for mapping in psutil.Process().memory_maps(grouped=False):
-        if mapping.path.startswith("/"):
-            start, end = (int(address, 16) for address in mapping.addr.split("-"))
-            yield mapping, start, end
-
-
-def _address(weight: torch.Tensor | np.ndarray) -> int:
-    return weight.data_ptr() if isinstance(weight, torch.Tensor) else weight.ctypes.data
 
 
 def _constants(model: ov.Model) -> list[np.ndarray]:
@@ -554,12 +491,11 @@ def _convert(
     """
     _check_weight_format(weight_format)
     tell("tracing")
-    with _ready_for_tracing(module, weight_format) as mapped:
+    with _ready_for_tracing(module, weight_format):
         model = trace(module)
     gc.collect()  # from here on, only the graph holds weights, and drops them one by one
-    mapped.give_back()
     if weight_format in ("int8", "int4"):
-        with _weight_by_weight(mapped, tell):
+        with _weight_by_weight(tell):
             model = _compress_weights(model, weight_format, module.config)
     tell("writing")
     with _refusals_in_one_line(Path(output_dir)), _staged(Path(output_dir)) as folder:
@@ -568,7 +504,6 @@ def _convert(
         _save_config(module, folder)
         record = {"weight_format": weight_format, "source": source}
         _write_record(record, folder / "conversion.json")
-    mapped.give_back()
     return Path(output_dir)
 
 
@@ -598,13 +533,11 @@ def _compress_weights(model: ov.Model, weight_format: str, config: Any) -> ov.Mo
 
 
 @contextlib.contextmanager
-def _weight_by_weight(
-    mapped: _MappedWeights, tell: Callable[[str], None] = lambda doing: None
-) -> Iterator[None]:
+def _weight_by_weight(tell: Callable[[str], None] = lambda doing: None) -> Iterator[None]:
     """Let NNCF drop each weight as soon as it is compressed, and tell how far it is.
 
     NNCF takes one weight after the other, the biggest first, but keeps all of them in a list of
-    names; and what comes from a file stays in memory until it is given back.
+    names.
     """
     original = OVWeightCompressionAlgoBackend.transform_model
 
@@ -618,7 +551,6 @@ def _weight_by_weight(
                 yield one
                 attributes = one.node_with_weight.layer_attributes.constant_attributes
                 del backend.name_to_node_mapping[attributes[one.weight_port_id]["name"]]
-                mapped.have_read(2 * one.num_weights)
                 done += one.num_weights
 
         return original(backend, model, graph, one_by_one(), *args, **kwargs)
@@ -992,7 +924,7 @@ def _convert_all(
 class _Cost:
     """What it takes to convert a model, in bytes."""
 
-    memory: int  # of the whole process at its worst, with what is read from files
+    memory: int  # within which the whole process runs
     free: int  # of memory that has to be free before
     disk: int
 
@@ -1012,9 +944,7 @@ def _cost(folder: Path, weight_format: str) -> _Cost:
         new = max(2 * count if is_wide else 0, output if weight_format != "fp16" else 0)
     # One matrix at a time is taken apart: NNCF has some ten bytes of it at hand for each weight.
     free = new + (10 if weight_format in ("int8", "int4") else 4) * largest
-    # Files are given back piece by piece, unless OpenVINO copies them in one go.
-    memory = _PROCESS + free + (_MappedWeights.EVERY if new else output)
-    return _Cost(round(memory), round(free), round(1.02 * output))
+    return _Cost(round(_PROCESS + free), round(free), round(1.02 * output))
 
 
 _BYTES_A_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.6}  # on disk
@@ -1569,6 +1499,7 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
         What only fills a text up to L is not read, unless the shapes are static, and zeros stand
         for what T5 would have said of it: the DiT looks at none of it.
         """
+        self.compile()
         batch, tokens = self.input_shape
         size = 1 if batch.is_dynamic else batch.get_length()
         answers = []
@@ -1577,8 +1508,7 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
             filled = np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])
             read = filled[:, :, : _count_tokens(filled[:, 1])] if tokens.is_dynamic else filled
             inputs = {"input_ids": read[:, 0], "attention_mask": read[:, 1]}
-            with _first_run_spares_memory(self):
-                said = self.request(inputs)[0]
+            said = self.request(inputs)[0]
             padding = ((0, 0), (0, filled.shape[2] - read.shape[2]), (0, 0))
             answers += list(np.pad(said[: len(part)], padding))
         return answers
@@ -1593,46 +1523,6 @@ def _count_tokens(masks: np.ndarray | torch.Tensor) -> int:
     if not read.any(dim=1).all():
         return read.shape[1]
     return int(read.any(dim=0).nonzero()[-1]) + 1
-
-
-@contextlib.contextmanager
-def _giving_back(part: OVPipelinePart) -> Iterator[None]:
-    """Give the memory of an IR's file back again and again while all of it is read.
-
-    OpenVINO puts weights into the form that the processor likes; what has been read of the file is
-    a second copy of them.
-    """
-    # Where there is only a compiled model, it has no graph to tell where the weights lie.
-    mapped = _MappedWeights(_constants(part.model) if isinstance(part.model, ov.Model) else ())
-    done = threading.Event()
-
-    def keep_at_it() -> None:
-        while not done.wait(0.2):
-            mapped.give_back()
-
-    thread = threading.Thread(target=keep_at_it, daemon=True)
-    if mapped.held:
-        thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        if mapped.held:
-            thread.join()
-            mapped.give_back()
-
-
-@contextlib.contextmanager
-def _first_run_spares_memory(part: OVPipelinePart) -> Iterator[None]:
-    """Compile a model that is not yet; its first run is when it reads its weights once more."""
-    known = getattr(part, "_has_run", None)
-    if part.request is not None and known is not None and known() is part.request:
-        yield
-        return
-    with _giving_back(part):
-        part.compile()
-        yield
-    part._has_run = weakref.ref(part.request)  # or what is released would stay
 
 
 def release_memory() -> None:
@@ -1704,11 +1594,10 @@ class OVPixArtTransformer(OVPipelinePart):
         rows = len(arrays["hidden_states"])
         batch = self.model.input("hidden_states").get_partial_shape()[0]
         size = rows if batch.is_dynamic else batch.get_length()
-        with _first_run_spares_memory(self):
-            results = [
-                self.request({k: v[i : i + size] for k, v in arrays.items()}, share_inputs=True)[0]
-                for i in range(0, rows, size)
-            ]
+        results = [
+            self.request({k: v[i : i + size] for k, v in arrays.items()}, share_inputs=True)[0]
+            for i in range(0, rows, size)
+        ]
         return results[0] if len(results) == 1 else np.concatenate(results)
 
 
@@ -1813,8 +1702,7 @@ class _OVPixArtPipeline(OVDiffusionPipeline):
         """Compile all models, but for a text encoder that is in memory only when it reads."""
         for name, part in self.components.items():
             if name != "text_encoder" or not self._releases_text_encoder:
-                with _giving_back(part):
-                    part.compile()
+                part.compile()
 
     def release_text_encoder(self) -> None:
         """Let go of the text encoder, most of the memory, until a new prompt needs it.
@@ -2666,10 +2554,9 @@ def _optimize_part(
     model = _read_ir(source / name)
     config = SimpleNamespace(**read_json(source / name / "config.json"))
     passes = recipe.scale_estimation + recipe.activations * (1 + (recipe.smooth_quant >= 0))
-    mapped = _MappedWeights(_constants(model))
     with (
         _progress_bar(f"Calibrating {name}", passes * len(samples), "sample", progress) as bar,
-        _weight_by_weight(mapped),
+        _weight_by_weight(),
         _statistics_first(),
         _silent_nncf(),
     ):
