@@ -1,0 +1,53 @@
+"""Memory and disk that a conversion needs, known before it starts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from ov_pixart.checkpoint import stored_weights
+from ov_pixart.storage import check_disk
+
+BYTES_PER_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.6}  # on disk
+_PROCESS = 800_000_000  # bytes of Python with torch, OpenVINO and NNCF
+
+
+@dataclass(frozen=True)
+class ConversionCost:
+    """Bytes that the conversion of one component needs."""
+
+    memory: int  # a limit that the whole process runs within; mapped weight files do not count
+    free: int  # memory that has to be free before
+    disk: int
+
+
+def conversion_cost(folder: Path, weight_format: str) -> ConversionCost:
+    """Estimate from the sizes of a component's weights what its conversion needs.
+
+    `python -m benchmarks memory` finds the limit that a conversion runs within, for comparison.
+    """
+    stored = stored_weights(folder)
+    count, largest = sum(stored.sizes), max(stored.sizes, default=0)
+    is_wide = stored.dtype == torch.float32
+    output = BYTES_PER_WEIGHT[weight_format] * count
+    if weight_format == "fp32":
+        new = 0 if is_wide else 4 * count
+    else:  # float32 becomes float16 first
+        new = max(2 * count if is_wide else 0, output if weight_format != "fp16" else 0)
+    # NNCF compresses one matrix at a time, and holds some ten bytes per weight of it.
+    free = new + (10 if weight_format in ("int8", "int4") else 4) * largest
+    return ConversionCost(round(_PROCESS + free), round(free), round(1.02 * output))
+
+
+def check_resources(costs: dict[str, ConversionCost], output_dir: Path) -> None:
+    """Raise MemoryError or OSError if memory or disk is too small, before anything is done."""
+    free = psutil.virtual_memory().available
+    for name, cost in costs.items():
+        if cost.free > free:
+            raise MemoryError(
+                f"Converting the {name} takes {cost.free / 1e9:.1f} GB of memory, and "
+                f"{free / 1e9:.1f} GB are free: close other programs, or choose a smaller "
+                "weight_format."
+            )
+    check_disk(sum(cost.disk for cost in costs.values()), output_dir)

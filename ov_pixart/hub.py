@@ -1,0 +1,96 @@
+"""Folders by name: a local one as it is, a Hugging Face id downloaded, never anything pickled."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from ov_pixart.checkpoint import COMPONENTS, FOLDERS, check_weights
+from ov_pixart.checks import check
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """How to download; the fields are those of `huggingface_hub.snapshot_download`."""
+
+    cache_dir: str | Path | None = None
+    token: str | bool | None = None
+    local_files_only: bool = False
+
+
+def fetch_pipeline(
+    model_id: str | Path,
+    hub: HubOptions,
+    *,
+    revision: str | None = None,
+    folders: Iterable[str] = FOLDERS,
+) -> Path:
+    """The local folder of a pipeline; of its weights, only those of `folders` are downloaded.
+
+    Raises ValueError or FileNotFoundError that names `model_id`.
+    """
+    weights = [f"{name}/*.safetensors" for name in folders]
+    weights += [f"{name}/openvino*" for name in COMPONENTS]
+    return _fetch("model_id", model_id, hub, weights, revision)
+
+
+def fetch_component(name: str, given: str | Path, hub: HubOptions) -> Path:
+    """The local folder of a single component: alone, or in a subfolder of its name.
+
+    Raises ValueError or FileNotFoundError that names the argument `name`.
+    """
+    weights = [f"{name}/*.safetensors", "model*.safetensors"]
+    weights += ["diffusion_pytorch_model*.safetensors"]
+    folder = _fetch(name, given, hub, weights)
+    folder = folder / name if (folder / name).is_dir() else folder
+    config = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"{name}={str(given)!r} holds no {name} ({config.name} is missing): "
+            "name a folder that holds one, alone or in a subfolder of its name."
+        )
+    if name != "scheduler":
+        check_weights(folder)
+    return folder
+
+
+def fetch_lora_folder(lora: str | Path, hub: HubOptions) -> Path:
+    """The local folder of a LoRA; raises as `fetch_component` does."""
+    return _fetch("lora", lora, hub, ["*adapter_model.safetensors"])
+
+
+def _fetch(
+    argument: str,
+    given: str | Path,
+    hub: HubOptions,
+    weights: list[str],
+    revision: str | None = None,
+) -> Path:
+    is_name = isinstance(given, str | Path) and bool(str(given))
+    check(is_name, argument, given, "a folder or a Hugging Face id")
+    if Path(given).is_dir():
+        return Path(given)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(given)) or isinstance(given, Path):
+        raise FileNotFoundError(
+            f"{argument}={str(given)!r} is neither a folder here nor a Hugging Face id: "
+            "check the path, or use an id such as 'PixArt-alpha/PixArt-XL-2-512x512'."
+        )
+    try:
+        folder = snapshot_download(
+            str(given),
+            revision=revision,
+            allow_patterns=[*weights, "*.json", "tokenizer/spiece.model"],
+            # second copies of the weights in other precisions: gigabytes that are never read
+            ignore_patterns=["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*"],
+            **asdict(hub),
+        )
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"{argument}={str(given)!r} is no folder here and cannot be fetched from Hugging "
+            f"Face: check its name, the connection and, for a gated model, token= ({reason})"
+        ) from error
+    return Path(folder)

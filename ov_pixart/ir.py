@@ -1,0 +1,145 @@
+"""OpenVINO IRs: read, write, reshape; the compile options stored in them; device names."""
+
+import errno
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from ov_pixart.checks import check
+
+IR_NAME = "openvino_model.xml"
+
+# ---- read and write -----------------------------------------------------------------------------
+
+
+def read_ir(path: str | Path) -> ov.Model:
+    """Read an IR, given its `.xml` file or the folder that holds one.
+
+    Raises ValueError where the graph, or the weights beside it, cannot be read.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / IR_NAME
+    try:
+        return ov.Core().read_model(file)
+    except RuntimeError:
+        raise ValueError(damage_message(file)) from None
+
+
+def save_ir(model: ov.Model, folder: Path, *, compress_to_fp16: bool = False) -> None:
+    """Write an IR and read it back: OpenVINO does not report write errors.
+
+    Raises OSError (ENOSPC) where not all of it was written.
+    """
+    try:
+        ov.save_model(model, folder / IR_NAME, compress_to_fp16=compress_to_fp16)
+        ov.Core().read_model(folder / IR_NAME)  # maps the weights, and fails where some are missing
+    except RuntimeError:
+        raise OSError(errno.ENOSPC, "is the disk full?", str(folder)) from None
+
+
+def damage_message(file: Path) -> str:
+    """What is wrong with a file in `folder/component/`, and the remedy."""
+    return (
+        f"{str(file)!r} is damaged: run the same convert_pipeline or optimize_pipeline call for "
+        f"{str(file.parents[1])!r} again; it makes this component again and keeps the others."
+    )
+
+
+def ir_files(folder: Path) -> list[Path]:
+    """The graph and the weights of the IR in a folder, as far as they are there."""
+    return sorted(folder.glob("openvino_model.*"))
+
+
+LARGE_BYTES = 2_000_000_000
+
+
+def is_large(folder: Path) -> bool:
+    """Whether a laptop cannot run this component in 16 bits; of PixArt's, only T5-XXL is."""
+    return (folder / IR_NAME).with_suffix(".bin").stat().st_size > LARGE_BYTES
+
+
+# ---- graphs -------------------------------------------------------------------------------------
+
+
+def constants(model: ov.Model) -> list[np.ndarray]:
+    """The graph's constants as NumPy views (no copy)."""
+    return [op.data for op in model.get_ops() if op.get_type_name() == "Constant"]
+
+
+def is_quantized(model: ov.Model) -> bool:
+    """Whether a matrix is stored in 8 bits or fewer, or an activation is quantized."""
+    small = {ov.Type.i8, ov.Type.u8, ov.Type.i4, ov.Type.u4, ov.Type.nf4, ov.Type.f8e4m3}
+
+    def is_small_matrix(op: Any) -> bool:
+        is_constant = op.get_type_name() == "Constant"
+        return is_constant and op.get_element_type() in small and len(op.shape) > 1
+
+    ops = model.get_ops()
+    return any(op.get_type_name() == "FakeQuantize" or is_small_matrix(op) for op in ops)
+
+
+def reshape_inputs(model: ov.Model, **inputs: dict[int, int]) -> None:
+    """Set dimensions of a model's inputs: `{axis: length}` per input name, -1 for any length."""
+    shapes = {}
+    for port in model.inputs:
+        shape = port.get_partial_shape()
+        for axis, length in inputs[port.get_any_name()].items():
+            shape[axis] = length
+        shapes[port] = shape
+    model.reshape(shapes)
+
+
+def static_length(dimension: ov.Dimension) -> int:
+    """The length of a dimension, -1 if it is dynamic."""
+    return -1 if dimension.is_dynamic else dimension.get_length()
+
+
+# ---- stored options -----------------------------------------------------------------------------
+
+# Options that OpenVINO should compile a model with are stored in the IR, in the section that
+# OpenVINO reads by itself, so that they come along however a model is loaded, copied or saved.
+# OpenVINO ignores the inference precision there, so `compile_config` passes both options on.
+STORED_OPTIONS = ("INFERENCE_PRECISION_HINT", "DYNAMIC_QUANTIZATION_GROUP_SIZE")
+
+
+def store_runtime_options(model: ov.Model, **options: str | int) -> None:
+    """Write compile options into an IR, as in `store_runtime_options(model, X="f32")`.
+
+    Raises ValueError for an option that is not in STORED_OPTIONS.
+    """
+    for name, value in options.items():
+        if name not in STORED_OPTIONS:
+            raise ValueError(f"{name}={value!r} cannot be stored: use {STORED_OPTIONS}.")
+        model.set_rt_info(str(value), ["runtime_options", name])
+
+
+def stored_runtime_options(model: ov.Model) -> dict[str, str]:
+    """Read what `store_runtime_options` has written."""
+    paths = {name: ["runtime_options", name] for name in STORED_OPTIONS}
+    return {
+        name: str(model.get_rt_info(path).value)
+        for name, path in paths.items()
+        if model.has_rt_info(path)
+    }
+
+
+def compile_config(model: ov.Model, user: dict[str, Any]) -> dict[str, Any]:
+    """OpenVINO's properties for a model: defaults, stored options, then the user's `ov_config`."""
+    return {"PERFORMANCE_HINT": "LATENCY", **stored_runtime_options(model), **user}
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError unless OpenVINO has this device here, also in "HETERO:GPU,CPU"."""
+    here = {name.split(".")[0] for name in ov.Core().available_devices}
+    several = {"AUTO", "HETERO", "MULTI", "BATCH"}
+    first, _, rest = str(device).upper().partition(":")
+    names = [first]
+    if first in several:  # "-GPU" excludes one, "GPU.1" is the second, "GPU(4)" takes batches of 4
+        names = [name for name in rest.replace(" ", "").split(",") if name and name[0] != "-"]
+    names = [re.split("[.(]", name)[0] for name in names]
+    known = isinstance(device, str) and set(names) <= here
+    check(known, "device", device, f"one of {sorted(here)} on this machine, or AUTO")

@@ -1,0 +1,156 @@
+"""Every figure, for notebook and benchmark alike."""
+
+import textwrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+
+# Okabe and Ito's colours, which people with any kind of colour vision can tell apart.
+COLOURS = {
+    "text_encoder": "#E69F00",
+    "transformer": "#0072B2",
+    "vae_decoder": "#009E73",
+    "rest": "#999999",
+    "whole": "#56B4E9",
+}
+_COMPONENT_NAMES = {
+    "text_encoder": "text encoder",
+    "transformer": "DiT",
+    "vae_decoder": "VAE decoder",
+    "rest": "rest",
+}
+_PANELS = {  # column of the table → title, unit, format of the numbers on the bars
+    "size_mb": ("Size on disk", "MB", "{:.1f}"),
+    "peak_memory_mb": ("Peak memory of the process", "MB", "{:.0f}"),
+    "total_s": ("Time for one image", "s", "{:.2f}"),
+    "step_ms": ("Time for one step of the DiT", "ms", "{:.0f}"),
+    "psnr_db": ("Likeness to {reference} (PSNR)", "dB, more is closer", "{:.1f}"),
+    "ssim": ("Likeness to {reference} (SSIM)", "1 is equal", "{:.3f}"),
+    "score": ("Score of the images", "mean, more is better", "{:.3g}"),
+}
+
+
+def finished(figure: Figure) -> Figure:
+    """Detach a figure from pyplot: a notebook would show it twice."""
+    plt.close(figure)
+    return figure
+
+
+def show_images(images: dict[str, Image.Image | np.ndarray]) -> Figure:
+    """Images side by side, each under its name; `(H, W, 3)` uint8 arrays work, too."""
+    shapes = [np.asarray(image).shape for image in images.values()]
+    widths = [width / height for height, width, _ in shapes]  # all are shown in the same height
+    figure, axes = plt.subplots(
+        ncols=len(images),
+        figsize=(12, 12 / sum(widths) + 0.35) if len(images) > 2 else (4 * sum(widths), 4.35),
+        width_ratios=widths,
+        squeeze=False,
+        facecolor="white",
+    )
+    for ax, (name, image) in zip(axes.flat, images.items(), strict=True):
+        ax.imshow(image)
+        ax.set_title(name, fontsize=10, wrap=True)
+        ax.axis("off")
+    figure.tight_layout(pad=0.3)
+    return finished(figure)
+
+
+def draw_bars(
+    ax: Axes,
+    values: pd.Series,
+    form: str = "{:.3g}",
+    *,
+    shares: dict[str, dict[str, float]] | None = None,
+    colours: dict[str, str] | None = None,
+) -> None:
+    """Horizontal bars, one per label, with their numbers; the first one is at the bottom.
+
+    `shares` splits a bar: label → component → number. `colours`: of whole bars, by label. An
+    infinite value is a reference, which equals itself.
+    """
+    finite = values[np.isfinite(values)]
+    longest = (float(finite.max()) if len(finite) else 0.0) or 1.0
+    for row, (label, value) in enumerate(values.items()):
+        if not np.isfinite(value):
+            ax.text(0.01 * longest, row, "equal" if value > 0 else "–", va="center", fontsize=9)
+            continue
+        left = 0.0
+        for part, share in (shares[label] if shares else {"whole": value}).items():
+            colour = (colours or {}).get(label, COLOURS[part])
+            ax.barh(row, share, left=left, color=colour, height=0.7)
+            left += share
+        number = form.format(value)
+        ax.text(max(left, value) + 0.01 * longest, row, number, va="center", fontsize=9)
+    ax.set_yticks(range(len(values)), values.index)
+    ax.set_xlim(0, 1.18 * longest)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def comparison_figure(
+    table: pd.DataFrame, shares: dict[str, dict[str, dict[str, float]]], reference: str
+) -> Figure:
+    """The table of a Comparison as bars; `shares`: column → label → component → number."""
+    names = ["size_mb", "peak_memory_mb", "total_s", "step_ms", "psnr_db"]
+    names.append("ssim" if table["score"].isna().all() else "score")
+    figure, axes = plt.subplots(
+        3, 2, figsize=(10, 3 * (1.1 + 0.32 * len(table))), facecolor="white", sharey=True
+    )
+    for ax, name in zip(axes.flat, names, strict=True):
+        title, unit, form = _PANELS[name]
+        draw_bars(ax, table[name], form, shares=shares.get(name))
+        ax.set_title(title.format(reference=reference), loc="left", fontsize=11)
+        ax.set_xlabel(unit)
+    axes.flat[0].invert_yaxis()  # shared: the first label on top, everywhere
+    handles = [Patch(color=COLOURS[part], label=text) for part, text in _COMPONENT_NAMES.items()]
+    figure.legend(handles=handles, ncols=4, loc="lower center", frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    return finished(figure)
+
+
+def differences_figure(
+    images: dict[str, list[Image.Image]],
+    captions: list[str],
+    psnr_db: dict[str, list[float]],
+    amplification: float,
+) -> Figure:
+    """A column per label, the reference first; below each image its difference from that one."""
+    labels = list(images)
+    references = images[labels[0]]
+    aspect = references[0].height / references[0].width
+    width = min(3.2, 12 / len(labels))
+    figure, axes = plt.subplots(
+        2 * len(captions),
+        len(labels),
+        figsize=(width * len(labels), 2 * len(captions) * (width * aspect + 0.25)),
+        facecolor="white",
+        squeeze=False,
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for i, caption in enumerate(captions):
+        top, bottom = axes[2 * i], axes[2 * i + 1]
+        text = textwrap.fill(caption, int(width * 10))
+        bottom[0].text(0.5, 0.95, text, ha="center", va="top", fontsize=9)
+        for column, label in enumerate(labels):
+            top[column].imshow(images[label][i])
+            top[column].set_title(label, fontsize=10)
+            if column:
+                difference = amplified_difference(images[label][i], references[i], amplification)
+                bottom[column].imshow(difference)
+                title = f"difference × {amplification:g}, {psnr_db[label][i]:.1f} dB"
+                bottom[column].set_title(title, fontsize=9)
+    figure.tight_layout()
+    return finished(figure)
+
+
+def amplified_difference(
+    image: Image.Image, reference: Image.Image, amplification: float
+) -> np.ndarray:
+    """`(H, W, 3)` uint8: grey where the two agree."""
+    a, b = np.asarray(image, np.float32), np.asarray(reference, np.float32)
+    return np.clip(128 + amplification * (a - b), 0, 255).astype(np.uint8)

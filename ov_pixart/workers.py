@@ -1,0 +1,152 @@
+"""Python processes of their own: memory can be measured per process, and is freed with it.
+
+    with Workers() as workers:
+        workers.call("fp16", Timer, folder)           # makes an object in a process called "fp16"
+        workers.call("fp16", "run", prompt, seed)     # calls a method of that object
+        workers.call("fp16", os.getpid)               # or any function
+
+The processes are children of `python -m ov_pixart.workers`, so that none runs the caller's script
+or notebook again. Requests and answers are pickled between our own processes only.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+class WorkerError(RuntimeError):
+    """A failure in another process, in one line."""
+
+
+class WorkerDied(WorkerError):
+    """The other process ended by itself or was killed, perhaps because memory ran out."""
+
+
+class Workers:
+    """A group of processes, ended together when the `with` block ends."""
+
+    def __enter__(self) -> "Workers":
+        self._server = subprocess.Popen(
+            [sys.executable, "-m", "ov_pixart.workers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            start_new_session=True,  # Ctrl-C reaches this process, which then ends the others
+        )
+        return self
+
+    def call(self, worker: str, function: Callable | str, *args: Any, **kwargs: Any) -> Any:
+        """Call a function in the process `worker`, which is started for its first call.
+
+        Calling a class makes the object whose methods later calls name as strings. Raises
+        WorkerError if the call fails or the process dies.
+        """
+        try:
+            pickle.dump((worker, (function, args, kwargs)), self._server.stdin)
+            self._server.stdin.flush()
+            answer = pickle.load(self._server.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            raise WorkerDied("the server of worker processes died") from None
+        if isinstance(answer, WorkerError):
+            raise answer
+        return answer
+
+    def stop(self, worker: str) -> None:
+        """End one process; does nothing if it was never started."""
+        pickle.dump((worker, None), self._server.stdin)
+        self._server.stdin.flush()
+        pickle.load(self._server.stdout)
+
+    def __exit__(self, *exception: Any) -> None:
+        with contextlib.suppress(OSError):
+            self._server.stdin.close()  # the server ends its children and itself
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._server.wait(1 if any(exception) else 10)
+        if hasattr(os, "killpg"):  # not on Windows
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._server.pid, signal.SIGKILL)
+        self._server.kill()
+        self._server.wait()
+        self._server.stdout.close()
+
+
+def call_in_process(function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a function in a process that takes its memory with it; raises WorkerError."""
+    with Workers() as workers:
+        return workers.call("single", function, *args, **kwargs)
+
+
+# ---- the other side -----------------------------------------------------------------------------
+
+
+def _serve_requests() -> None:
+    """Pass requests from stdin to worker processes and their answers to stdout, until stdin ends.
+
+    On Linux workers are forked from here, and share the half gigabyte of libraries that the first
+    request brought in.
+    """
+    answers = os.fdopen(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nowhere, 1)  # or a library's print would end up among the answers
+    requests = os.fdopen(os.dup(0), "rb")
+    os.dup2(nowhere, 0)
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    workers: dict[str, tuple[Any, Connection]] = {}
+    with contextlib.suppress(EOFError):
+        while True:
+            name, task = pickle.load(requests)
+            if name not in workers and task is not None:
+                near, far = context.Pipe()
+                process = context.Process(target=_work, args=(far,), daemon=True)
+                process.start()
+                far.close()
+                workers[name] = process, near
+            answer = _ask(*workers[name], task) if name in workers else None
+            if task is None or not workers[name][0].is_alive():
+                workers.pop(name, None)
+            pickle.dump(answer, answers)
+            answers.flush()
+
+
+def _ask(process: Any, connection: Connection, task: Any) -> Any:
+    try:
+        connection.send(task)
+        answer = connection.recv()
+    except (EOFError, OSError):  # a closed pipe shows in either way, by chance
+        process.join(5)
+        return WorkerDied(f"its process died (exit code {process.exitcode})")
+    if task is None:
+        process.join(10)
+    return answer
+
+
+def _work(connection: Connection) -> None:
+    """Do tasks until None comes. Failures are returned as one line."""
+    subject = None
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+        while (task := connection.recv()) is not None:
+            function, args, kwargs = task
+            try:
+                if isinstance(function, str):
+                    answer = getattr(subject, function)(*args, **kwargs)
+                elif isinstance(function, type):
+                    subject, answer = function(*args, **kwargs), None
+                else:
+                    answer = function(*args, **kwargs)
+                connection.send(answer)
+            except Exception as error:
+                reason = (str(error).strip().splitlines() or [""])[0][:200]
+                connection.send(WorkerError(f"{type(error).__name__}: {reason}"))
+        connection.send(None)
+
+
+if __name__ == "__main__":
+    _serve_requests()
