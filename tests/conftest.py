@@ -5,20 +5,18 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-import tiny_models
 from diffusers import DiffusionPipeline
 
 import ov_pixart_helper as helper
-
-# One thread: models this small gain nothing from more, and a busy machine makes them wait.
-F32 = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": "1"}
+from tests.support.checkpoints import build_checkpoint
+from tests.support.parity import load_exact
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
     """`checkpoint(family)`: a diffusers folder with random weights."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return cache(lambda family: tiny_models.build_checkpoint(root / family, family))
+    return cache(lambda family: build_checkpoint(root / family, family))
 
 
 @pytest.fixture(scope="session")
@@ -48,16 +46,10 @@ def torch_pipeline(checkpoint) -> Callable[[str], DiffusionPipeline]:
 @pytest.fixture(scope="session")
 def ov_pipeline(converted) -> Callable[..., helper.OVDiffusionPipeline]:
     """`ov_pipeline(family)`: ours, computing in float32. Do not alter it: see `fresh_pipeline`."""
-    return cache(lambda family: load_ov_pipeline(converted(family)))
+    return cache(lambda family: load_exact(converted(family)))
 
 
 @pytest.fixture
 def fresh_pipeline(converted) -> Callable[..., helper.OVDiffusionPipeline]:
     """`fresh_pipeline(family, **options)`: one that the test has to itself."""
-    return lambda family, **options: load_ov_pipeline(converted(family), **options)
-
-
-def load_ov_pipeline(folder: Path, **options) -> helper.OVDiffusionPipeline:
-    pipeline = helper.OVDiffusionPipeline.from_pretrained(folder, **{"ov_config": F32, **options})
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return lambda family, **options: load_exact(converted(family), **options)
