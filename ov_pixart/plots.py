@@ -154,3 +154,87 @@ def amplified_difference(
     """`(H, W, 3)` uint8: grey where the two agree."""
     a, b = np.asarray(image, np.float32), np.asarray(reference, np.float32)
     return np.clip(128 + amplification * (a - b), 0, 255).astype(np.uint8)
+
+
+# ---- a look inside ------------------------------------------------------------------------------
+
+
+def word_maps_figure(image: Image.Image, maps: dict[str, np.ndarray]) -> Figure:
+    """An image, and beside it once per word with the word's attention over it."""
+    figure, axes = plt.subplots(
+        ncols=1 + len(maps),
+        figsize=(12, 12 * image.height / image.width / (1 + len(maps)) + 0.3),
+        facecolor="white",
+    )
+    axes[0].imshow(image)
+    axes[0].set_title("the image", fontsize=10)
+    extent = (0, image.width, image.height, 0)
+    for ax, (word, values) in zip(axes[1:], maps.items(), strict=True):
+        ax.imshow(image)
+        ax.imshow(values, extent=extent, alpha=0.65, cmap="inferno", interpolation="bicubic")
+        ax.set_title(word, fontsize=10)
+    for ax in axes:
+        ax.axis("off")
+    figure.tight_layout(pad=0.3)
+    return finished(figure)
+
+
+def weight_grid_figure(weights: np.ndarray, group_size: int = 64) -> Figure:
+    """Weights `(outputs, inputs)` of one output channel before and after rounding.
+
+    INT8: 255 levels per output channel. INT4: 15 levels per group of weights.
+    """
+    channel = weights[0]
+    grids = {
+        "INT8, one scale for the channel": _on_grid(channel, 127),
+        f"INT4, one scale per {group_size} weights": np.concatenate(
+            [_on_grid(channel[i : i + group_size], 7) for i in range(0, len(channel), group_size)]
+        ),
+    }
+    figure, axes = plt.subplots(ncols=2, figsize=(10, 3.6), facecolor="white", sharey=True)
+    for ax, (title, rounded), colour in zip(
+        axes, grids.items(), (COLOURS["transformer"], COLOURS["text_encoder"]), strict=True
+    ):
+        ax.axline((0, 0), slope=1, color=COLOURS["rest"], linewidth=0.8, zorder=0)
+        ax.scatter(channel, rounded, s=9, color=colour)
+        ax.set_title(f"{title}: {_signal_to_error(channel, rounded):.0f} dB", fontsize=11)
+        ax.set_xlabel("weight in FP16")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("weight on the grid")
+    figure.tight_layout()
+    return finished(figure)
+
+
+def activation_range_figure(values: np.ndarray, low: float, high: float) -> Figure:
+    """Activations `(rows, channels)`, their calibrated range, and what one outlier channel does."""
+    outlier = values.copy()
+    outlier[:, values.std(axis=0).argmax()] *= 20
+    largest = float(np.abs(outlier).max())
+    figure, axes = plt.subplots(ncols=2, figsize=(10, 3.4), facecolor="white")
+    for ax, data, (left, right), title in (
+        (axes[0], values, (low, high), "as it is"),
+        (axes[1], outlier, (-largest, largest), "one channel 20 times larger"),
+    ):
+        rounded = _on_grid(data.clip(left, right), 127, max(abs(left), abs(right)))
+        others = np.delete(np.arange(data.shape[1]), values.std(axis=0).argmax())
+        levels = len(np.unique(rounded[:, others]))
+        quality = _signal_to_error(data[:, others], rounded[:, others])
+        ax.hist(data.ravel(), bins=200, color=COLOURS["whole"], log=True)
+        for edge in (left, right):
+            ax.axvline(edge, color=COLOURS["transformer"], linestyle="--")
+        ax.set_title(f"{title}: {levels} levels for the others, {quality:.0f} dB", fontsize=11)
+        ax.set_xlabel("activation (dashed: the range of its 256 levels)")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("how often")
+    figure.tight_layout()
+    return finished(figure)
+
+
+def _on_grid(values: np.ndarray, levels: int, largest: float | None = None) -> np.ndarray:
+    """Round to `levels` steps on either side of zero."""
+    scale = (np.abs(values).max() if largest is None else largest) / levels
+    return np.round(values / scale) * scale
+
+
+def _signal_to_error(values: np.ndarray, rounded: np.ndarray) -> float:
+    return float(10 * np.log10(np.square(values).mean() / np.square(values - rounded).mean()))
