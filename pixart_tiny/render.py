@@ -203,17 +203,25 @@ def _paint(canvas: np.ndarray, item: SceneObject, at: Placement) -> None:
     x0, x1 = (int(np.clip((at.x + s * reach) * short, 0, width)) for s in (-1, 1))
     y0, y1 = (int(np.clip((at.y + s * reach) * short, 0, height)) for s in (-1, 1))
     y, x = np.mgrid[y0:y1, x0:x1].astype(np.float32) + 0.5
-    x, y = (x / short - at.x) / at.radius, (y / short - at.y) / at.radius
-    patch = canvas[y0:y1, x0:x1]
+    canvas[y0:y1, x0:x1] = paint_pixels(canvas[y0:y1, x0:x1], item, at, x, y, short)
 
+
+def paint_pixels(
+    pixels: np.ndarray, item: SceneObject, at: Placement, x: np.ndarray, y: np.ndarray, short: int
+) -> np.ndarray:
+    """`pixels` `(…, 3)`, in 0–255, with an object and its soft shadow over them.
+
+    `x`, `y`: the pixels' centres; `short`: the image's short side, all in pixels.
+    """
+    x, y = (x / short - at.x) / at.radius, (y / short - at.y) / at.radius
     field = distance_field(item.shape)
     cast = sample_field(field, x - 0.10, y - 0.18)
     shade = np.clip((0.34 - cast) / 0.6, 0, 1)
-    patch *= 1 - 0.42 * (shade * shade * (3 - 2 * shade))[..., None]
+    pixels = pixels * (1 - 0.42 * (shade * shade * (3 - 2 * shade))[..., None])
 
     distance = sample_field(field, x, y)
     coverage = np.clip(0.5 - distance * at.radius * short, 0, 1)[..., None]
-    patch += coverage * (_enamel(item, x, y, distance) - patch)
+    return pixels + coverage * (_enamel(item, x, y, distance) - pixels)
 
 
 def _enamel(item: SceneObject, x: np.ndarray, y: np.ndarray, distance: np.ndarray) -> np.ndarray:
