@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -142,7 +143,7 @@ def measure(checkpoint: Path, count: int) -> dict:
         if label in times.index:
             figures[label] |= times.loc[label, ["size_mb", "step_ms", "total_s"]].to_dict()
         figures[label]["seconds_to_make"] = version.seconds
-    device = ov.Core().get_property("CPU", "FULL_DEVICE_NAME")
+    device = f"{ov.Core().get_property('CPU', 'FULL_DEVICE_NAME')}, {os.cpu_count()} cores"
     return {"captions": count, "device": device, "versions": figures, "misses": misses(figures)}
 
 
