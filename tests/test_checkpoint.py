@@ -98,6 +98,7 @@ def test_its_tokenizer_reads_from_spiece_model_alone(tmp_path):
     assert 2 not in whole(caption).input_ids  # 2 is <unk>
 
 
+@pytest.mark.slow
 def test_the_vae_reconstructs_at_30_db_or_better(vae):
     assert evaluate.vae_psnr(vae, count=8) >= 30
 
