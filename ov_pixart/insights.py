@@ -34,9 +34,7 @@ def film_strip(
     return images
 
 
-def _record_predictions(
-    pipeline: OVPixArtPipeline, prompt: str, **call: Any
-) -> list[torch.Tensor]:
+def _record_predictions(pipeline: OVPixArtPipeline, prompt: str, **call: Any) -> list[torch.Tensor]:
     """Clean latents, `(1, 4, h, w)`, as predicted at each step.
 
     Source: Salimans & Ho 2022, appendix D, for the three kinds of prediction.

@@ -180,24 +180,22 @@ def word_maps_figure(image: Image.Image, maps: dict[str, np.ndarray]) -> Figure:
 
 
 def weight_grid_figure(weights: np.ndarray, group_size: int = 64) -> Figure:
-    """Weights `(outputs, inputs)` of one output channel before and after rounding.
+    """One group of weights, of `(outputs, inputs)`, before and after rounding.
 
     INT8: 255 levels per output channel. INT4: 15 levels per group of weights.
     """
-    channel = weights[0]
+    channel, group = weights[0], weights[0, :group_size]
     grids = {
-        "INT8, one scale for the channel": _on_grid(channel, 127),
-        f"INT4, one scale per {group_size} weights": np.concatenate(
-            [_on_grid(channel[i : i + group_size], 7) for i in range(0, len(channel), group_size)]
-        ),
+        "INT8, one scale per output channel": _on_grid(group, np.abs(channel).max() / 127),
+        f"INT4, one scale per {group_size} weights": _on_grid(group, np.abs(group).max() / 7),
     }
     figure, axes = plt.subplots(ncols=2, figsize=(10, 3.6), facecolor="white", sharey=True)
     for ax, (title, rounded), colour in zip(
         axes, grids.items(), (COLOURS["transformer"], COLOURS["text_encoder"]), strict=True
     ):
         ax.axline((0, 0), slope=1, color=COLOURS["rest"], linewidth=0.8, zorder=0)
-        ax.scatter(channel, rounded, s=9, color=colour)
-        ax.set_title(f"{title}: {_signal_to_error(channel, rounded):.0f} dB", fontsize=11)
+        ax.scatter(group, rounded, s=14, color=colour)
+        ax.set_title(f"{title}: {_signal_to_error(group, rounded):.0f} dB", fontsize=11)
         ax.set_xlabel("weight in FP16")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("weight on the grid")
@@ -207,16 +205,16 @@ def weight_grid_figure(weights: np.ndarray, group_size: int = 64) -> Figure:
 
 def activation_range_figure(values: np.ndarray, low: float, high: float) -> Figure:
     """Activations `(rows, channels)`, their calibrated range, and what one outlier channel does."""
+    largest = values.std(axis=0).argmax()
+    others = np.delete(np.arange(values.shape[1]), largest)
     outlier = values.copy()
-    outlier[:, values.std(axis=0).argmax()] *= 20
-    largest = float(np.abs(outlier).max())
+    outlier[:, largest] *= 20
     figure, axes = plt.subplots(ncols=2, figsize=(10, 3.4), facecolor="white")
     for ax, data, (left, right), title in (
         (axes[0], values, (low, high), "as it is"),
-        (axes[1], outlier, (-largest, largest), "one channel 20 times larger"),
+        (axes[1], outlier, (outlier.min(), outlier.max()), "one channel 20 times larger"),
     ):
-        rounded = _on_grid(data.clip(left, right), 127, max(abs(left), abs(right)))
-        others = np.delete(np.arange(data.shape[1]), values.std(axis=0).argmax())
+        rounded = left + _on_grid(data.clip(left, right) - left, (right - left) / 255)
         levels = len(np.unique(rounded[:, others]))
         quality = _signal_to_error(data[:, others], rounded[:, others])
         ax.hist(data.ravel(), bins=200, color=COLOURS["whole"], log=True)
@@ -230,10 +228,8 @@ def activation_range_figure(values: np.ndarray, low: float, high: float) -> Figu
     return finished(figure)
 
 
-def _on_grid(values: np.ndarray, levels: int, largest: float | None = None) -> np.ndarray:
-    """Round to `levels` steps on either side of zero."""
-    scale = (np.abs(values).max() if largest is None else largest) / levels
-    return np.round(values / scale) * scale
+def _on_grid(values: np.ndarray, step: float) -> np.ndarray:
+    return np.round(values / step) * step
 
 
 def _signal_to_error(values: np.ndarray, rounded: np.ndarray) -> float:

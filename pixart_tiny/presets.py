@@ -24,16 +24,20 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
+import openvino as ov
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 import ov_pixart_helper as ovp
-from ov_pixart_helper import PRESETS, Recipe, ov
+from ov_pixart.calibration import CalibrationData, choose_prompts
+from ov_pixart.optimize import apply_recipe
+from ov_pixart.presets import ATTENTION, POSITIONS
+from ov_pixart.quiet import silent_nncf
+from ov_pixart_helper import PRESETS, Recipe
 from pixart_tiny import evaluate, oracle
 
 WORK = Path("build/presets")
@@ -256,12 +260,12 @@ LAYERS = {  # left in floating point, one at a time
 
 def layer_variants() -> Iterator[tuple[str, Recipe]]:
     """Recipes for the DiT to compare, with a name for each."""
-    kept = ovp._POSITIONS
+    kept = POSITIONS
     everything = Recipe(weights="int8", activations=True, floating=kept)
     yield "everything in integers", everything
     for alpha in (0.15, 0.5):
         yield f"  the same, SmoothQuant {alpha}", replace(everything, smooth_quant=alpha)
-    base = replace(everything, floating=(*kept, *ovp._ATTENTION))
+    base = replace(everything, floating=(*kept, *ATTENTION))
     yield "everything but attention's inputs", base
     for name, pattern in LAYERS.items():
         yield f"  the same, {name} floating", replace(base, floating=(*base.floating, pattern))
@@ -281,15 +285,15 @@ def measure_layers(checkpoint: Path, samples: int = 40) -> None:
     """Prints the DiT's signal-to-error ratio, in dB, for every variant."""
     fp16 = ovp.convert_pipeline(checkpoint, WORK / "fp16")
     held_out = [caption for caption, _ in evaluate.read_captions()[: samples // 10]]
-    prompts = ovp._choose_prompts(None, fp16, samples, seed=0)
+    prompts = choose_prompts(None, fp16, samples, seed=0)
 
     def recorded(captions: list[str], count: int) -> list[dict]:
-        data = ovp._CalibrationData(fp16, WORK / "calibration", captions, count, len(captions))
+        data = CalibrationData(fp16, WORK / "calibration", captions, count, len(captions))
         return data.samples("transformer", progress=False)
 
     calibration, tested = recorded(prompts, samples), recorded(held_out, samples // 2)
     folder = fp16 / "transformer"
-    config = SimpleNamespace(**ovp.read_json(folder / "config.json"))
+    config = ovp.read_json(folder / "config.json")
 
     def read() -> ov.Model:
         return ov.Core().read_model(folder / "openvino_model.xml")
@@ -298,8 +302,8 @@ def measure_layers(checkpoint: Path, samples: int = 40) -> None:
     print("DiT against itself in floating point, signal to error in dB, higher is better")
     for name, recipe in layer_variants():
         data = calibration if recipe.needs_data else []
-        with ovp._silent_nncf():
-            model = ovp._apply_recipe(read(), recipe, config, data, lambda: None)
+        with silent_nncf():
+            model = apply_recipe(read(), recipe, config, data)
         error = np.square(guided_outputs(model, tested, dict(recipe.options)) - truth)
         print(
             f"  {name:45} {10 * np.log10(np.square(truth).mean() / error.mean()):6.2f}", flush=True
