@@ -103,7 +103,7 @@ def word_maps(pipeline: OVPixArtPipeline, prompt: str, **call: Any) -> WordMaps:
         image = pipeline(prompt, **call).images[0]
     finally:
         del transformer.infer
-    compiled = _with_cross_attention(transformer.model)
+    compiled = _with_cross_attention(transformer.model, transformer.ov_config)
     maps = sum(_attention(compiled, inputs) for inputs in recorded[::3])  # (N, L)
     rows, columns = (side // transformer.config.patch_size for side in _latent_shape(recorded[0]))
     maps = maps.T.reshape(-1, rows, columns)
@@ -116,11 +116,10 @@ def _latent_shape(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
     return tuple(inputs["hidden_states"].shape[2:])
 
 
-def _with_cross_attention(model: ov.Model) -> ov.CompiledModel:
+def _with_cross_attention(model: ov.Model, config: dict[str, Any]) -> ov.CompiledModel:
     """A copy of the DiT with queries and keys of its cross-attention as outputs.
 
-    From a quarter to half of the blocks, where words and places meet; the first blocks still mix
-    the words, the last ones paint.
+    From a quarter to half of the blocks, where words and places meet.
     """
     model = model.clone()
     attentions = [
@@ -130,7 +129,7 @@ def _with_cross_attention(model: ov.Model) -> ov.CompiledModel:
     ]
     for op in attentions[len(attentions) // 4 : len(attentions) // 2 + 1]:
         model.add_outputs([op.input_value(0), op.input_value(1)])
-    return ov.compile_model(model, "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    return ov.compile_model(model, "CPU", config)
 
 
 def _attention(compiled: ov.CompiledModel, inputs: dict[str, torch.Tensor]) -> np.ndarray:

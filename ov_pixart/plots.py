@@ -234,3 +234,29 @@ def _on_grid(values: np.ndarray, step: float) -> np.ndarray:
 
 def _signal_to_error(values: np.ndarray, rounded: np.ndarray) -> float:
     return float(10 * np.log10(np.square(values).mean() / np.square(values - rounded).mean()))
+
+
+def evaluations_figure(points: list[dict]) -> Figure:
+    """Share of right images against evaluations of the DiT per image, a line per version.
+
+    `points`: dictionaries with `version`, `evaluations`, and the shares `one_object` and
+    `two_objects` in per cent.
+    """
+    table = pd.DataFrame(points)
+    figure, axes = plt.subplots(ncols=2, figsize=(10, 3.8), facecolor="white", sharey=True)
+    colours = [COLOURS[name] for name in ("transformer", "text_encoder", "vae_decoder", "rest")]
+    for ax, column in zip(axes, ("one_object", "two_objects"), strict=True):
+        for (version, rows), colour in zip(
+            table.groupby("version", sort=False), colours, strict=False
+        ):
+            rows = rows.sort_values("evaluations")
+            ax.plot(rows["evaluations"], rows[column], "o-", color=colour, label=version)
+        ax.set_title(column.replace("_", " "), loc="left", fontsize=11)
+        ax.set_xlabel("evaluations of the DiT per image")
+        ax.set_ylim(0, 103)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("right images, %")
+    axes[1].legend(frameon=False, loc="lower right", fontsize=9)
+    figure.tight_layout()
+    return finished(figure)
