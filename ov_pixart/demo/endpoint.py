@@ -1,7 +1,5 @@
 """`/generate`, the demo's endpoint for programs."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,6 +12,9 @@ from ov_pixart.demo.settings import NO_STYLE, Settings, problems
 from ov_pixart.demo.studio import Studio
 
 logger = logging.getLogger(__name__)
+
+
+# No postponed annotations in this module: Gradio derives the endpoint's types from the real ones.
 
 
 def endpoint(studio: Studio, default: str) -> Callable[..., tuple[list[dict], dict]]:

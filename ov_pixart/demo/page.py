@@ -83,8 +83,8 @@ class Page:
                 self._build_controls()
             with gr.Column(scale=6, min_width=320):
                 self._build_results()
-        self._connect()
         gr.api(endpoint(studio, default), api_name="generate", **QUEUE)
+        self._connect()
 
     # -- layout --------------------------------------------------------------------------------
 

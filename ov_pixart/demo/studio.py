@@ -71,7 +71,7 @@ class Studio:
         weakref.finalize(self, shutil.rmtree, self.output, ignore_errors=True)
         self._loaded: OrderedDict[str, tuple[Any, LatentPreview]] = OrderedDict()
         self._lock = threading.RLock()
-        self._closing = threading.Event()
+        self.closing = threading.Event()
 
     @property
     def loaded(self) -> list[str]:
@@ -85,11 +85,11 @@ class Studio:
 
     def close(self) -> None:
         """Stop the run in progress, free the pipelines, delete the images. Can be used again."""
-        self._closing.set()
+        self.closing.set()
         with self._lock:  # waits for the run's current step
             self._loaded.clear()
             release_memory()
-        self._closing.clear()
+        self.closing.clear()
         shutil.rmtree(self.output, ignore_errors=True)
 
     def generate(self, settings: Settings) -> Iterator[Update]:
@@ -102,7 +102,7 @@ class Studio:
         abandoned = threading.Event()
 
         def report(update: Update) -> None:
-            if abandoned.is_set() or self._closing.is_set():
+            if abandoned.is_set() or self.closing.is_set():
                 raise _Stopped
             updates.put(update)
 
