@@ -381,10 +381,10 @@ def test_another_version_keeps_the_settings_it_can_use(visit):
     page = visit()
     more_settings(page)
     number(page, "steps").fill("7")
-    PACE.hold_after(7)
+    PACE.hold_after(6)
     choose(page, "version", "INT8")
     page.locator("#generate").click()
-    expect(headline(page)).to_contain_text("Step 7 of 7")
+    expect(headline(page)).to_contain_text("Step 6 of 7")
     expect(page.locator("#status")).to_contain_text("INT8")
 
 

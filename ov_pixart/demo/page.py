@@ -295,7 +295,7 @@ class Page:
         try:
             settings = read_settings(stage[0][0])
         except (TypeError, IndexError, ValueError):  # an empty stage; a preview
-            raise gr.Error("Choose a finished image first.", print_exception=False) from None
+            return {self.status: status("Choose a finished image first.", error=True)}
         return {self.randomise: False, **self._set_controls(settings.version, asdict(settings))}
 
     def change_version(self, values: Values) -> Values:
@@ -327,7 +327,7 @@ class Page:
             self.stop: gr.update(interactive=busy),
         }
 
-    def _run(self, settings: Settings) -> Iterator[tuple[Update, Values]]:
+    def _run(self, settings: Settings) -> Iterator[tuple[Update | None, Values]]:
         """The updates of one run, each with its status."""
         line = describe(settings, self.studio.models[settings.version])
         with closing(self.studio.generate(settings)) as updates:
@@ -344,6 +344,8 @@ class Page:
                     case Finished():
                         headline = f"Done in {seconds(update.seconds)}"
                         shown = {self.status: status(headline, line, 1)}
+                    case None:
+                        shown = {self.status: gr.skip()}
                 yield update, shown
 
     def _failed(self, error: Exception) -> Values:

@@ -64,6 +64,8 @@ class Studio:
     `models`: version → ModelInfo. `output`: folder for the PNGs, removed with the studio.
     """
 
+    PATIENCE = 0.5  # seconds
+
     def __init__(self, folders: dict[str, Path]) -> None:
         self.folders = folders
         self.models = {version: read_model_info(folder) for version, folder in folders.items()}
@@ -92,13 +94,14 @@ class Studio:
         self.closing.clear()
         shutil.rmtree(self.output, ignore_errors=True)
 
-    def generate(self, settings: Settings) -> Iterator[Update]:
+    def generate(self, settings: Settings) -> Iterator[Update | None]:
         """Yield `Started`, a `Preview` after every step, and `Finished`.
 
         The pipeline runs in its own thread. Closing the iterator stops it after its current step;
-        `close()` does so too, and the iterator then ends without `Finished`.
+        `close()` does so too, and the iterator then ends without `Finished`. During a long step
+        it yields None now and then, because an iterator cannot be closed while it waits.
         """
-        updates: queue.SimpleQueue[Update | BaseException | None] = queue.SimpleQueue()
+        updates: queue.SimpleQueue[Update | BaseException] = queue.SimpleQueue()
         abandoned = threading.Event()
 
         def report(update: Update) -> None:
@@ -110,18 +113,24 @@ class Studio:
             try:
                 with self._lock:
                     self._run(settings, report)
-                updates.put(None)
-            except _Stopped:
-                updates.put(None)
             except BaseException as error:  # raised again in the reader's thread
                 updates.put(error)
 
         threading.Thread(target=work, name="pixart-demo", daemon=True).start()
         try:
-            while (update := updates.get()) is not None:
+            while True:
+                try:
+                    update = updates.get(timeout=self.PATIENCE)
+                except queue.Empty:
+                    yield None
+                    continue
+                if isinstance(update, _Stopped):
+                    return
                 if isinstance(update, BaseException):
                     raise update
                 yield update
+                if isinstance(update, Finished):
+                    return
         finally:
             abandoned.set()
 
