@@ -136,6 +136,18 @@ def test_other_models_get_examples_and_styles_of_their_own(tmp_path):
     assert "watercolour" in asked.styled_prompt(Settings("a fox", style="Watercolour"), model)
 
 
+def test_another_version_keeps_what_its_model_can_use(tmp_path, studio):
+    models = studio.models | {
+        "LCM": asked.read_model_info(fake_folder(tmp_path / "lcm", few_step=True)),
+        "XL": asked.read_model_info(fake_folder(tmp_path / "xl", vocabulary=32_128)),
+    }
+    mine = Settings(HEART, style="On navy", steps=7, guidance=3, version="FP16")
+    assert asked.fit(mine, "FP16", "INT8", models) == replace(mine, version="INT8")
+    few = asked.fit(mine, "FP16", "LCM", models)
+    assert (few.steps, few.guidance, few.style) == (4, 0, "On navy")
+    assert asked.fit(mine, "FP16", "XL", models).style == asked.NO_STYLE
+
+
 def test_make_demo_names_what_is_missing(tmp_path, folders):
     with pytest.raises(ValueError, match="pipelines"):
         gh.make_demo({})
@@ -248,12 +260,14 @@ def test_pipelines_are_loaded_when_needed_and_only_two_small_ones_stay(tmp_path,
     assert loaded == []
     for version in "abaca":
         generate(studio, version=version, steps=2)
-    assert loaded == ["a", "b", "c"] and studio.loaded == ["c", "a"]
+    assert loaded == ["a", "b", "c"]  # "b" made room for "c"
     studio.models = {v: replace(model, size_mb=3_000) for v, model in studio.models.items()}
-    generate(studio, version="b", steps=2)
-    assert studio.loaded == ["b"]
+    for version in "cbc":
+        generate(studio, version=version, steps=2)
+    assert loaded == ["a", "b", "c", "b", "c"]
     studio.close()
-    assert studio.loaded == []
+    generate(studio, version="c", steps=2)
+    assert loaded == ["a", "b", "c", "b", "c", "c"]
 
 
 # -- programs ----------------------------------------------------------------------------------

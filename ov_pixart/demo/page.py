@@ -156,12 +156,8 @@ class Page:
             self.left = dropdown("Left", versions, self.default)
             self.right = dropdown("Right", versions, other)
         enough = len(versions) > 1
-        self.compare_go = gr.Button(
-            "Compare on the same seed" if enough else "Compare needs two versions",
-            variant="primary",
-            interactive=enough,
-            elem_id="compare-go",
-        )
+        go = "Compare on the same seed" if enough else "Compare needs two versions"
+        self.compare_go = gr.Button(go, variant="primary", interactive=enough, elem_id="compare-go")
         self.slider = gr.ImageSlider(
             label="Comparison", show_label=False, format="png", type="pil", height=440,
             max_height=440, interactive=False, elem_id="compare-slider",
@@ -256,7 +252,7 @@ class Page:
         sides: dict[str, Any] = {}  # version → image or path
         try:
             for version in (left, right):
-                settings = self._for_version(asked, version)
+                settings = limits.fit(asked, asked.version, version, self.studio.models)
                 height, width = self.studio.models[version].sizes[settings.aspect_ratio]
                 for update, shown in self._run(settings):
                     if isinstance(update, Preview):
@@ -265,10 +261,8 @@ class Page:
                         saved = self.studio.save(update, settings)
                         sides[version], finished[version] = saved[0][0], update
                         history = newest(saved, history)
-                        shown |= {
-                            self.history: history,
-                            self.facts: facts(finished, self.studio.models),
-                        }
+                        shown[self.history] = history
+                        shown[self.facts] = facts(finished, self.studio.models)
                     if sides:
                         shown[self.slider] = (sides[left], sides.get(right, sides[left]))
                     yield shown
@@ -299,20 +293,11 @@ class Page:
         return {self.randomise: False, **self._set_controls(settings.version, asdict(settings))}
 
     def change_version(self, values: Values) -> Values:
-        """Keep the settings that the new version can use; another kind of model sets its own.
-
-        The rest is left alone: the visitor may be typing.
-        """
-        settings = self._settings(values)
-        old, new = (self.studio.models[v] for v in (values[self.previous], settings.version))
-        changed: dict[str, Any] = {}
-        if (old.steps, old.guidance) != (new.steps, new.guidance):
-            changed |= {"steps": new.steps, "guidance": new.guidance}
-        if settings.style not in new.styles:
-            changed["style"] = NO_STYLE
-        if settings.aspect_ratio not in new.sizes:
-            changed["aspect_ratio"] = "1:1"
-        return self._set_controls(settings.version, changed)
+        """Change what the new version cannot use; the rest stays: the visitor may be typing."""
+        shown = self._settings(values)
+        usable = limits.fit(shown, values[self.previous], shown.version, self.studio.models)
+        changed = dict(asdict(usable).items() - asdict(shown).items())
+        return self._set_controls(shown.version, changed)
 
     # -- what handlers share -------------------------------------------------------------------
 
@@ -320,15 +305,12 @@ class Page:
         return Settings(**{name: values[control] for name, control in self.controls.items()})
 
     def _busy(self, busy: bool) -> Values:
-        can_compare = not busy and len(self.studio.folders) > 1
-        return {
-            self.go: gr.update(interactive=not busy),
-            self.compare_go: gr.update(interactive=can_compare),
-            self.stop: gr.update(interactive=busy),
-        }
+        free = gr.update(interactive=not busy)
+        buttons = {self.go: free, self.stop: gr.update(interactive=busy)}
+        return buttons | ({self.compare_go: free} if len(self.studio.folders) > 1 else {})
 
     def _run(self, settings: Settings) -> Iterator[tuple[Update | None, Values]]:
-        """The updates of one run, each with its status."""
+        """The updates of one run, each with its status; None while a step takes long."""
         line = describe(settings, self.studio.models[settings.version])
         with closing(self.studio.generate(settings)) as updates:
             for update in updates:
@@ -338,7 +320,8 @@ class Page:
                         shown = {self.status: status(stage, line)}
                     case Preview(step, steps, _, left):
                         reached = f"step {step} of {steps}"
-                        headline = f"S{reached[1:]} · {seconds(left)} left"
+                        rest = f" · {seconds(left)} left" if step < steps else ""
+                        headline = reached.capitalize() + rest
                         shown = {self.status: status(headline, line, step / steps)}
                         shown[self.reached] = reached
                     case Finished():
@@ -351,13 +334,6 @@ class Page:
     def _failed(self, error: Exception) -> Values:
         logger.exception("Generation failed.")
         return {self.status: status(reason(error), error=True), **self._busy(False)}
-
-    def _for_version(self, settings: Settings, version: str) -> Settings:
-        """The same request for another version; a few-step model has its own steps and guidance."""
-        asked, model = (self.studio.models[v] for v in (settings.version, version))
-        if asked.few_step != model.few_step:
-            settings = replace(settings, steps=model.steps, guidance=model.guidance)
-        return replace(settings, version=version)
 
     def _set_controls(self, version: str, values: dict[str, Any]) -> Values:
         """Updates that fit every control to a version and set `values`, field → value."""

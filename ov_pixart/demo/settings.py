@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
@@ -143,6 +144,19 @@ def problems(settings: Settings, models: dict[str, ModelInfo]) -> dict[str, str]
         if getattr(settings, name) not in choices:
             found[name] = f"Choose one of: {', '.join(choices)}."
     return found
+
+
+def fit(settings: Settings, old: str, new: str, models: dict[str, ModelInfo]) -> Settings:
+    """The same request for version `new`; another kind of model has its own steps and guidance."""
+    before, model = models[old], models[new]
+    changes: dict[str, Any] = {"version": new}
+    if (before.steps, before.guidance) != (model.steps, model.guidance):
+        changes |= {"steps": model.steps, "guidance": model.guidance}
+    if settings.style not in model.styles:
+        changes["style"] = NO_STYLE
+    if settings.aspect_ratio not in model.sizes:
+        changes["aspect_ratio"] = next(iter(model.sizes))
+    return replace(settings, **changes)
 
 
 def styled_prompt(settings: Settings, model: ModelInfo) -> str:
