@@ -316,7 +316,7 @@ class Page:
             for update in updates:
                 match update:
                     case Started(stage, notes):
-                        line = " · ".join([line, *notes])
+                        line += " · " + " ".join(notes) if notes else ""
                         shown = {self.status: status(stage, line)}
                     case Preview(step, steps, _, left):
                         reached = f"step {step} of {steps}"
