@@ -355,6 +355,7 @@ def test_launch_returns_at_once_and_prints_one_line_with_the_address(folders, ca
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("port", [None, "a fixed one"])
 def test_running_the_cell_again_replaces_the_demo_and_leaks_nothing(folders, port):
     port = port and free_port()
@@ -374,6 +375,7 @@ def test_running_the_cell_again_replaces_the_demo_and_leaks_nothing(folders, por
     assert not is_open(ports[0]) and not any(pipeline() for pipeline in pipelines)
 
 
+@pytest.mark.slow
 def test_a_demo_on_another_port_stays(folders):
     ports = free_port(), free_port()
     first, second, other = (gh.make_demo(folders) for _ in range(3))
@@ -388,6 +390,7 @@ def test_a_demo_on_another_port_stays(folders):
         demo.close()
 
 
+@pytest.mark.slow
 def test_a_closed_demo_can_be_launched_again(folders):
     demo = gh.make_demo(folders)
     for _ in range(2):

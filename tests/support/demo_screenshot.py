@@ -38,7 +38,7 @@ def photograph(address: str) -> bytes:
     """Generate every example once, on the first seed, and show the page with the second one."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1240, "height": 900})
+        page = browser.new_page(viewport={"width": 1240, "height": 980})
         page.set_default_timeout(300_000)
         expect.set_options(timeout=300_000)
         page.goto(address)
