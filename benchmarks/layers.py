@@ -4,16 +4,18 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nncf
 import numpy as np
+import openvino as ov
 
-import ov_pixart_helper as helper
-from ov_pixart_helper import nncf, ov
-from tests.benchmarks.cases import Case, Scale
-from tests.benchmarks.engines import OneModel, load_openvino
+from benchmarks.cases import Case, Scale
+from benchmarks.engines import OneModel
+from ov_pixart.pipeline import load_pipeline
+from ov_pixart.quiet import silent_nncf
 
 _COUNTERS = {"PERF_COUNT": "YES"}
 _RUNS = 5
-# What OpenVINO makes of matrix products
+# Layer types of matrix products in OpenVINO
 _PRODUCTS = (
     "FullyConnected",
     "FullyConnectedCompressed",
@@ -22,19 +24,19 @@ _PRODUCTS = (
     "MatMul",
 )
 _ATTENTION = "ScaledDotProductAttention"
-# What depends on the prompt alone and could be computed once a picture instead of once a step
+# These depend on the prompt alone, and could be computed per image instead of per step
 _TEXT_SIDE = (".caption_projection.", ".attn2.to_k/", ".attn2.to_v/")
 _GEMMS = ((1024, 1152, 4608), (1024, 4608, 1152))  # rows × inner × columns, the DiT's largest
 
 
 def profile_step(case: Case, engine: str, folder: Path, scale: Scale) -> dict[str, Any]:
-    """Run one step of the DiT with OpenVINO's counters on, then nothing but matrix products.
+    """Run one step of the DiT with OpenVINO's counters on, then matrix products alone.
 
-    Returns seconds and shares by layer type and by primitive (which kernel OpenVINO chose, in
-    which precision), the share of what depends on the prompt alone, and the rate of the matrix
-    products beside the best that this machine does.
+    Returns seconds and shares by layer type and by primitive (the kernel that OpenVINO chose, and
+    its precision), the share of layers that depend on the prompt alone, and the rate of the matrix
+    products beside this machine's best.
     """
-    transformer = load_openvino(folder).transformer
+    transformer = load_pipeline(folder, compile=False).transformer
     inputs = OneModel(transformer, case, engine, scale).inputs(0)
     transformer.ov_config.update(_COUNTERS)
     arrays = _record_inputs(transformer, inputs)
@@ -70,7 +72,7 @@ def profile_step(case: Case, engine: str, folder: Path, scale: Scale) -> dict[st
 
 
 def _record_inputs(transformer: Any, inputs: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What one call hands to OpenVINO; compiles the model on the way."""
+    """The arrays that one call passes to OpenVINO; compiles the model on the way."""
     recorded = {}
 
     def record(given: dict[str, Any]) -> np.ndarray:
@@ -80,14 +82,14 @@ def _record_inputs(transformer: Any, inputs: dict[str, Any]) -> dict[str, np.nda
             recorded[name] = np.ascontiguousarray(given[name].numpy().astype(dtype))
         return np.zeros(1, np.float32)
 
-    transformer._infer = record
+    transformer.infer = record
     transformer(**inputs, return_dict=False)
-    del transformer._infer
+    del transformer.infer
     return recorded
 
 
 class _Layer(NamedTuple):
-    """A layer that ran: its name in the IR, its type, which kernel it took, and how long."""
+    """A layer that ran: its name in the IR, its type, its kernel, and its seconds."""
 
     name: str
     kind: str
@@ -112,7 +114,7 @@ def _median_run(compiled: ov.CompiledModel, arrays: dict[str, np.ndarray]) -> li
 
 
 def _kind(info: ov.ProfilingInfo) -> str:
-    """The layer's type; attention is marked, which OpenVINO fuses into a type for many things."""
+    """The layer's type; attention is marked, which OpenVINO fuses into types of many uses."""
     of_attention = _ATTENTION in info.node_name
     if of_attention and info.node_type in ("Subgraph", "MatMul", "Softmax", _ATTENTION):
         return f"attention ({info.node_type})"
@@ -150,7 +152,7 @@ def _flops(model: ov.Model, arrays: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def gemm_peaks(shrink: int = 1) -> dict[str, float]:
-    """10⁹ operations a second of a lone matrix product: in int8, and in OpenVINO's own float."""
+    """10⁹ operations per second of one matrix product: in int8, and in floating point."""
     peaks = {"int8": 0.0, "float": 0.0}
     for rows, inner, columns in _GEMMS:
         shape = (rows // shrink, inner // shrink)
@@ -169,7 +171,7 @@ def gemm_peaks(shrink: int = 1) -> dict[str, float]:
 
 
 def _gemm(x: np.ndarray, columns: int, quantized: bool) -> ov.Model:
-    """One matrix product with constant weights, quantized the way that the presets do it."""
+    """One matrix product with constant weights, quantized as the presets do it."""
     weights = np.random.default_rng(1).standard_normal((columns, x.shape[1]), dtype=np.float32)
     given = ov.opset13.parameter(list(x.shape), ov.Type.f32, name="x")
     given.output(0).get_tensor().set_names({"x"})
@@ -177,7 +179,7 @@ def _gemm(x: np.ndarray, columns: int, quantized: bool) -> ov.Model:
     model = ov.Model([ov.opset13.result(product)], [given], "gemm")
     if not quantized:
         return model
-    with helper._silent_nncf():
+    with silent_nncf():
         return nncf.quantize(
             model,
             nncf.Dataset([{"x": x}]),

@@ -1,4 +1,4 @@
-"""What runs inside a worker process: one engine with one model, and a stopwatch."""
+"""One engine with one component or pipeline, and a stopwatch: this runs in a worker process."""
 
 import functools
 import gc
@@ -9,14 +9,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openvino as ov
+import psutil
 import torch
-from diffusers import AutoencoderKL, LCMScheduler, PixArtAlphaPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    LCMScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
 from diffusers.schedulers import DPMSolverMultistepScheduler
 from transformers import T5EncoderModel
 
-import ov_pixart_helper as helper
-from tests.benchmarks.cases import (
-    SEED_RECIPE,
+from benchmarks.cases import (
+    PUBLISHED_RECIPE,
     T5_XXL,
     TEXT_TOKENS,
     TORCH,
@@ -25,7 +32,15 @@ from tests.benchmarks.cases import (
     Case,
     Scale,
 )
-from tests.benchmarks.checkpoints import load_tokenizer
+from benchmarks.checkpoints import load_tokenizer
+from ov_pixart.calibration import CAPTIONS, load_calibration_prompts
+from ov_pixart.checkpoint import stored_weights
+from ov_pixart.components import OVPixArtTextEncoder
+from ov_pixart.convert import convert_text_encoder, convert_transformer
+from ov_pixart.ir import IR_NAME
+from ov_pixart.memory import peak_memory_mb
+from ov_pixart.pipeline import load_pipeline
+from ov_pixart.trace import T5ExportConfig, TextEncoderWrapper, TransformerWrapper
 
 
 class Runner:
@@ -37,29 +52,26 @@ class Runner:
         if case.kind == "convert":
             self.measured: Any = Conversion(case, engine, folder, scale)
         elif case.kind == "image":
-            painter = TorchPainter if engine in TORCH else OpenVINOPainter
-            self.measured = painter(case, engine, folder, scale)
+            generator = TorchGenerator if engine in TORCH else OpenVINOGenerator
+            self.measured = generator(case, engine, folder, scale)
+        elif engine in TORCH:
+            self.measured = OneModel(_load_torch(case, engine, folder), case, engine, scale)
         else:
-            is_torch = engine in TORCH
-            model = (
-                _load_torch(case, engine, folder)
-                if is_torch
-                else stage(case, load_openvino(folder))
-            )
+            model = component_call(case, load_pipeline(folder, compile=False))
             self.measured = OneModel(model, case, engine, scale)
 
     def warm_up(self) -> None:
-        """Run once without the stopwatch. What comes out has to be finite."""
+        """Run once without the stopwatch. Raises ArithmeticError if the result is not finite."""
         self.measured.warm_up()
 
     def run(self, turn: int) -> dict[str, float]:
-        """Run once: seconds, and the most memory that the process has held so far."""
+        """Run once: seconds, and the peak memory of the process so far in 10⁹ bytes."""
         seconds = self.measured.run(turn)
-        return {"seconds": seconds, "peak_rss_gb": helper._peak_memory_mb() / 1000}
+        return {"seconds": seconds, "peak_rss_gb": peak_memory_mb() / 1000}
 
 
 def clock(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds that `function` takes, and what it returns."""
+    """Seconds that `function` takes, and its result."""
     start = time.perf_counter()
     with torch.inference_mode():
         result = function()
@@ -71,13 +83,11 @@ def _check_finite(result: torch.Tensor) -> None:
         raise ArithmeticError("the result is not finite")
 
 
-# ==================================================================================================
-# One model at a time
-# ==================================================================================================
+# ---- one component -------------------------------------------------------------------------------
 
 
 class OneModel:
-    """The DiT, the VAE decoder or T5 alone: `call(**inputs)` is what is timed."""
+    """The DiT, the VAE decoder or T5 alone: `call(**inputs)` is timed."""
 
     def __init__(self, call: Callable[..., Any], case: Case, engine: str, scale: Scale):
         self.call, self.case, self.scale = call, case, scale
@@ -96,7 +106,7 @@ class OneModel:
         return clock(lambda: self.call(**inputs))[0]
 
     def inputs(self, turn: int) -> dict[str, Any]:
-        """Other numbers each time, so that nothing can be remembered."""
+        """Other numbers in each turn, so that no cache helps."""
         generator = torch.Generator().manual_seed(turn)
         mask = (torch.arange(TEXT_TOKENS) < WORDS).long()[None]
         if self.case.kind == "t5":
@@ -122,19 +132,24 @@ class OneModel:
 
 
 def _precision(engine: str) -> torch.dtype:
-    """What torch computes in; OpenVINO's models take float32."""
+    """The dtype that torch computes in; inputs of OpenVINO's models are float32."""
     return torch.bfloat16 if "bf16" in engine else torch.float32
 
 
 _LOADERS = {
-    "dit": ("transformer", helper.PixArtTransformer),
+    "dit": ("transformer", PixArtTransformer2DModel),
     "vae": ("vae", AutoencoderKL),
     "t5": ("text_encoder", T5EncoderModel),
 }
 
 
 def _load_module(kind: str, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Load a component of a checkpoint; raises MemoryError if it does not fit into free memory."""
     name, loader = _LOADERS[kind]
+    needed = dtype.itemsize * sum(stored_weights(folder / name).sizes)
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(f"{name} takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
     precision = {"dtype" if kind == "t5" else "torch_dtype": dtype}
     options = {"use_safetensors": True, "local_files_only": True, **precision}
     return loader.from_pretrained(folder / name, **options).eval()
@@ -154,39 +169,26 @@ def _load_torch(case: Case, engine: str, folder: Path) -> Callable[..., Any]:
     return lambda **inputs: module(**inputs, return_dict=False)
 
 
-def load_openvino(folder: Path, **options: Any) -> helper.OVPixArtAlphaPipeline:
-    """The pipeline as everyone gets it; models compile when they are called first."""
-    pipeline = helper.OVPixArtAlphaPipeline.from_pretrained(folder, compile=False, **options)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def _load_openvino(case: Case, engine: str, folder: Path) -> Callable[..., Any]:
-    return stage(case, load_openvino(folder))
-
-
-def stage(case: Case, pipeline: helper.OVPixArtAlphaPipeline) -> Callable[..., Any]:
-    """The one model of a pipeline that a case is about."""
+def component_call(case: Case, pipeline: DiffusionPipeline) -> Callable[..., Any]:
+    """A function that calls the one component of a pipeline that a case is about."""
     if case.kind == "vae":
         return lambda latents: pipeline.vae.decode(latents, return_dict=False)
     if case.kind == "t5":
-        return functools.partial(_read_anew, pipeline.text_encoder)
+        return functools.partial(_encode_anew, pipeline.text_encoder)
     return lambda **inputs: pipeline.transformer(**inputs, return_dict=False)
 
 
-def _read_anew(text_encoder: helper.OVPixArtTextEncoder, input_ids, attention_mask) -> Any:
-    """What T5 says of tokens, however often it was asked before."""
-    text_encoder.forget()
+def _encode_anew(text_encoder: OVPixArtTextEncoder, input_ids, attention_mask) -> Any:
+    """T5's embeddings, computed even if they are cached."""
+    text_encoder.clear_cache()
     return text_encoder(input_ids, attention_mask=attention_mask)
 
 
-# ==================================================================================================
-# Whole pictures
-# ==================================================================================================
+# ---- whole images --------------------------------------------------------------------------------
 
 
-class _Painter:
-    """What both have in common: what is painted. No prompt comes twice."""
+class _Generator:
+    """Prompts, size and seeds, the same for torch and OpenVINO. No prompt comes twice."""
 
     def __init__(self, case: Case, engine: str, folder: Path, scale: Scale):
         self.case, self.engine, self.folder = case, engine, folder
@@ -194,10 +196,10 @@ class _Painter:
         self.size = scale.pixels(case)
 
     def warm_up(self) -> None:
-        _check_finite(self.paint(99, min(2, self.case.steps))[1])
+        _check_finite(self.generate(99, min(2, self.case.steps))[1])
 
     def run(self, turn: int) -> float:
-        return self.paint(turn, self.case.steps)[0]
+        return self.generate(turn, self.case.steps)[0]
 
     def call(self, turn: int, steps: int) -> dict[str, Any]:
         return {
@@ -210,46 +212,47 @@ class _Painter:
             "output_type": "pt",
         }
 
-    def paint(self, turn: int, steps: int) -> tuple[float, Any]:
+    def generate(self, turn: int, steps: int) -> tuple[float, Any]:
         raise NotImplementedError
 
 
 def _captions(folder: Path) -> list[str]:
-    """A hundred captions of about WORDS tokens, the nearest first: our T5 reads no padding.
+    """A hundred captions of about WORDS tokens, the nearest first: our T5 skips padding.
 
-    The tokenizer here cuts finer than that of T5-XXL, for which such captions are long ones.
+    The tokenizer here is PixArt-tiny's, whose vocabulary is smaller than T5-XXL's: the same caption
+    has more tokens.
     """
-    captions = helper.load_calibration_prompts(helper.CAPTIONS / "natural-calibration.csv")
+    captions = load_calibration_prompts(CAPTIONS / "natural-calibration.csv")
     tokens = load_tokenizer(folder)([caption.lower() for caption in captions])["input_ids"]
     lengths = dict(zip(captions, map(len, tokens), strict=True))
     return sorted(captions, key=lambda caption: abs(lengths[caption] - WORDS))[:100]
 
 
-class OpenVINOPainter(_Painter):
-    """The pipeline with all three models in memory."""
+class OpenVINOGenerator(_Generator):
+    """The pipeline with all three components in memory."""
 
     def __init__(self, case: Case, engine: str, folder: Path, scale: Scale):
         super().__init__(case, engine, folder, scale)
-        self.pipeline = load_openvino(folder)
+        self.pipeline = load_pipeline(folder, compile=False)
 
-    def paint(self, turn: int, steps: int) -> tuple[float, Any]:
+    def generate(self, turn: int, steps: int) -> tuple[float, Any]:
         call = self.call(turn, steps)
-        self.pipeline.text_encoder.forget()  # the empty negative prompt, too, is read in each turn
+        self.pipeline.text_encoder.clear_cache()  # or the negative prompt is encoded only once
         return clock(lambda: self.pipeline(self.prompts[turn], **call).images)
 
 
-class TorchPainter(_Painter):
-    """diffusers' pipeline, its T5 freed before DiT and VAE start: with it they would not fit.
+class TorchGenerator(_Generator):
+    """diffusers' pipeline; T5 is freed before DiT and VAE start, for want of memory.
 
-    Loading is not timed. T5 is loaded anew for each picture, and warmed up before the stopwatch
-    starts; DiT and VAE stay if they are small, in 16 bits.
+    Loading is not timed. T5 is loaded anew for each image, and warmed up before the stopwatch
+    starts; DiT and VAE stay in memory if they have 16 bits.
     """
 
     def __init__(self, case: Case, engine: str, folder: Path, scale: Scale):
         super().__init__(case, engine, folder, scale)
         self.dtype, self.kept = _precision(engine), None
 
-    def paint(self, turn: int, steps: int) -> tuple[float, Any]:
+    def generate(self, turn: int, steps: int) -> tuple[float, Any]:
         text_seconds, text = self._encode(turn)
         pipeline = self.kept or self._load()
         if self.dtype != torch.float32:
@@ -294,13 +297,11 @@ class TorchPainter(_Painter):
         return pipeline
 
 
-# ==================================================================================================
-# Conversion
-# ==================================================================================================
+# ---- conversion ----------------------------------------------------------------------------------
 
 
 class Conversion:
-    """From the checkpoint's files to the IR's, imports and reading from a slow disk left out."""
+    """From the checkpoint's files to the IR; imports and a slow disk do not count."""
 
     def __init__(self, case: Case, engine: str, folder: Path, scale: Scale):
         self.case, self.engine, self.folder, self.scale = case, engine, folder, scale
@@ -315,7 +316,8 @@ class Conversion:
     def run(self, turn: int) -> float:
         output = Path(tempfile.mkdtemp(prefix=".conversion-", dir=self.folder.parent))
         try:
-            convert = self.as_the_seed if self.engine == SEED_RECIPE else self.as_we_do
+            published = self.engine == PUBLISHED_RECIPE
+            convert = self.convert_as_published if published else self.convert_as_here
             start = time.perf_counter()
             with torch.no_grad():
                 convert(output)
@@ -323,28 +325,25 @@ class Conversion:
         finally:
             shutil.rmtree(output, ignore_errors=True)
 
-    def as_we_do(self, output: Path) -> None:
+    def convert_as_here(self, output: Path) -> None:
         """The functions of the tutorial, on weights in the precision that they are stored in."""
         module = _load_module(self.kind, self.folder, torch.bfloat16)
-        convert = helper.convert_text_encoder if self.kind == "t5" else helper.convert_transformer
+        convert = convert_text_encoder if self.kind == "t5" else convert_transformer
         convert(module, output, weight_format=WEIGHT_FORMATS[self.engine])
 
-    def as_the_seed(self, output: Path) -> None:
+    def convert_as_published(self, output: Path) -> None:
         """float32 weights and a plain `ov.convert_model` at the model's own size."""
         module = _load_module(self.kind, self.folder, torch.float32)
         if self.kind == "t5":
             # Without optimum's patch of the masks, T5 of transformers 5 cannot be traced at all.
             tokens = torch.ones((1, TEXT_TOKENS), dtype=torch.int64)
-            with helper._T5ExportConfig(module.config).patch_model_for_export(module):
-                model = helper.ov.convert_model(
-                    helper._TextEncoderForTracing(module),
-                    example_input={"input_ids": tokens, "attention_mask": tokens},
-                )
+            example = {"input_ids": tokens, "attention_mask": tokens}
+            with T5ExportConfig(module.config).patch_model_for_export(module):
+                model = ov.convert_model(TextEncoderWrapper(module), example_input=example)
         else:
-            model = helper.ov.convert_model(
-                helper._TransformerForTracing(module), example_input=self._example(module.config)
-            )
-        helper.ov.save_model(model, output / helper.IR_NAME)
+            example = self._example(module.config)
+            model = ov.convert_model(TransformerWrapper(module), example_input=example)
+        ov.save_model(model, output / IR_NAME)
 
     @staticmethod
     def _example(config: Any) -> dict[str, torch.Tensor]:

@@ -1,36 +1,35 @@
-"""What else the machine can give: settings against what the tutorial does by default, at real size.
+"""OpenVINO's options against the defaults at real size: `python -m benchmarks settings`.
 
-    python -m tests.benchmarks.settings             # everything, after `make bench`
-    python -m tests.benchmarks.settings dit vae     # settings of these models
-
-Each setting lives in a process of its own with the IRs of `make bench`, beside one with the
-defaults; they take turns. A ratio below 0.97 would be worth having, see README. The report is
+Each setting runs in a process of its own with the IRs of `make bench`, beside one with the
+defaults; they take turns. A ratio below 0.97 would be worth having. The report is
 `build/settings.json`.
 """
 
-import contextlib
 import statistics
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import ov_pixart_helper as helper
-from tests.benchmarks import checkpoints as models
-from tests.benchmarks.bench import BUILD, describe_machine
-from tests.benchmarks.cases import CASES, FULL, Scale
-from tests.benchmarks.engines import OneModel, clock, load_openvino, stage
-from tests.benchmarks.workers import Worker, WorkerError, worker
+from benchmarks import checkpoints
+from benchmarks.cases import CASES, FULL, Scale
+from benchmarks.engines import OneModel, clock, component_call
+from benchmarks.machine import describe_machine
+from ov_pixart.pipeline import load_pipeline
+from ov_pixart.storage import write_json
+from ov_pixart.workers import WorkerError, Workers
 
+BUILD = checkpoints.ROOT / "build"
 TURNS = 7
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One thing that is done otherwise. `config`: OpenVINO's properties; `static`: shapes are
-    fixed; `rows`: pictures a call, `calls`: how many calls one turn has."""
+    """One difference from the defaults. `config`: OpenVINO's properties; `static`: shapes are
+    fixed; `rows`: images per call; `calls`: calls per turn."""
 
     case: str
     name: str
@@ -69,11 +68,11 @@ class Subject:
 
     def __init__(self, setting: Setting, engine: str, folder: Path, scale: Scale):
         case = CASES[setting.case]
-        pipeline = load_openvino(folder, ov_config=setting.config)
+        pipeline = load_pipeline(folder, compile=False, ov_config=setting.config)
         if setting.static:
             size = scale.pixels(case)
             pipeline.reshape(setting.rows, size, size, num_images_per_prompt=1)
-        self.setting, self.call = setting, stage(case, pipeline)
+        self.setting, self.call = setting, component_call(case, pipeline)
         self.model = OneModel(self.call, case, engine, scale)
 
     def run(self, turn: int) -> float:
@@ -100,20 +99,19 @@ def _repeat(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
 def measure(
     settings: tuple[Setting, ...], folder: Path, engine: str, scale: Scale, turns: int = TURNS
 ) -> list[dict[str, Any]]:
-    """Let the settings of one case take turns; return seconds and ratios, one line a setting."""
-    seconds: dict[str, list[float]] = {setting.name: [] for setting in settings}
-    with contextlib.ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        for setting in settings:
-            one = stack.enter_context(worker())
-            with _telling(setting):
-                one.call(Subject, setting, engine, folder, scale)
-                one.call("run", -1)
-                workers[setting.name] = one
+    """Let the settings of one case take turns; return seconds and ratios, one line per setting."""
+    seconds: dict[str, list[float]] = {}
+    with Workers() as workers:
+        for one in settings:
+            try:
+                workers.call(one.name, Subject, one, engine, folder, scale)
+                workers.call(one.name, "run", -1)
+                seconds[one.name] = []
+            except WorkerError as error:
+                print(f"{one.case}, {one.name}: {error}", file=sys.stderr)
         for turn in range(turns):
-            for setting in settings:
-                if setting.name in workers:
-                    seconds[setting.name].append(workers[setting.name].call("run", turn))
+            for name, runs in seconds.items():
+                runs.append(workers.call(name, "run", turn))
     medians = {name: statistics.median(runs) for name, runs in seconds.items() if runs}
     return [
         {
@@ -128,26 +126,22 @@ def measure(
     ]
 
 
-@contextlib.contextmanager
-def _telling(setting: Setting) -> Any:
-    try:
-        yield
-    except WorkerError as error:
-        print(f"{setting.case}, {setting.name}: {error}", file=sys.stderr)
+def run(kinds: Iterable[str] = (), engine: str = "ov-int8") -> None:
+    """Measure the settings of some kinds of component ("dit", "vae", "t5"; all by default).
 
-
-def main(chosen: list[str], engine: str = "ov-int8") -> None:
+    Raises FileNotFoundError if `make bench` has not made the IRs yet.
+    """
     root, lines = BUILD / "bench" / FULL.name, []
     for name in dict.fromkeys(setting.case for setting in SETTINGS):
         case = CASES[name]
-        if chosen and case.kind not in chosen:
+        if kinds and case.kind not in kinds:
             continue
-        if not models.has_openvino(root, case.checkpoint, engine):
-            raise SystemExit(
-                f"{name}: there are no IRs of {engine} yet. "
-                f"BENCH_CASES={name} BENCH_ENGINES={engine} make bench makes them."
+        if not checkpoints.has_openvino(root, case.checkpoint, engine):
+            raise FileNotFoundError(
+                f"{name}: there are no IRs of {engine} yet, "
+                f"python -m benchmarks speed --cases {name} --engines {engine} makes them."
             )
-        folder = models.openvino_folder(root, case.checkpoint, engine)
+        folder = checkpoints.openvino_folder(root, case.checkpoint, engine)
         settings = tuple(setting for setting in SETTINGS if setting.case == name)
         for line in measure(settings, folder, engine, FULL):
             lines.append(line)
@@ -157,10 +151,4 @@ def main(chosen: list[str], engine: str = "ov-int8") -> None:
                 flush=True,
             )
     report = {"machine": describe_machine(), "engine": engine, "settings": lines}
-    helper._write_json(report, BUILD / "settings.json")
-
-
-if __name__ == "__main__":
-    from tests.benchmarks.settings import main  # under its name: other processes look it up
-
-    main(sys.argv[1:])
+    write_json(report, BUILD / "settings.json")
