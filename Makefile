@@ -36,9 +36,11 @@ lab: $(STAMP)
 demo: $(STAMP)
 	@$(BIN)/python gradio_helper.py
 
-# BENCH_CASES=… BENCH_ENGINES=… pick, QUICK=1 ends within five minutes, FRESH=1 starts anew.
+# BENCH_CASES=… BENCH_ENGINES=… choose, QUICK=1 ends within five minutes, FRESH=1 starts anew.
+is_on = $(filter-out 0 no false,$(1))
 bench: $(STAMP)
-	@$(BIN)/python -m benchmarks speed
+	@$(BIN)/python -m benchmarks speed --cases="$(BENCH_CASES)" --engines="$(BENCH_ENGINES)" \
+	  $(if $(call is_on,$(QUICK)),--quick) $(if $(call is_on,$(FRESH)),--fresh)
 
 check: $(STAMP)
 	@$(BIN)/ruff check .
