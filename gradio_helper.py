@@ -11,7 +11,5 @@ from ov_pixart.demo.page import make_demo  # layout, events and the `/generate` 
 from ov_pixart.demo.serve import launch_demo, main  # loopback only; the command line
 from ov_pixart.demo.settings import Settings, read_settings
 
-__all__ = ["Settings", "launch_demo", "main", "make_demo", "read_settings"]
-
 if __name__ == "__main__":
     main()
