@@ -10,30 +10,37 @@ from optimum.intel.openvino import OVPipelineForText2Image
 
 import ov_pixart_helper as helper
 from ov_pixart import components
-from tests.support.parity import F32, SMALL, assert_same, generate
+from tests.support.parity import F32, SMALL, assert_same, generate, load_exact
 
 # ---- prompts are encoded once -------------------------------------------------------------------
 
 
+def count_texts(pipeline):
+    """The pipeline, and the growing list of texts that its T5 encodes from now on."""
+    encoder, texts = pipeline.text_encoder, []
+    compile_model = encoder.compile
+
+    def compile_and_count():
+        compile_model()
+        if not hasattr(encoder.request, "counts"):
+            encoder.request = count_runs(encoder.request, texts, "input_ids")
+
+    encoder.compile = compile_and_count
+    return pipeline, texts
+
+
+@pytest.fixture(scope="module")
+def shared(converted):
+    return count_texts(load_exact(converted("alpha")))
+
+
 @pytest.fixture
-def counted(fresh_pipeline):
-    """`counted()`: a pipeline, and the growing list of texts that its T5 has encoded."""
-
-    def load():
-        pipeline, texts = fresh_pipeline("alpha"), []
-        encoder = pipeline.text_encoder
-        compile_model = encoder.compile
-
-        def compile_and_count():
-            compile_model()
-            request = encoder.request
-            if not hasattr(request, "counts"):
-                encoder.request = count_runs(request, texts, "input_ids")
-
-        encoder.compile = compile_and_count
-        return pipeline, texts
-
-    return load
+def counted(shared):
+    """A pipeline that has encoded nothing yet, and the growing list of texts that it encodes."""
+    pipeline, texts = shared
+    pipeline.text_encoder.clear_cache()
+    texts.clear()
+    return pipeline, texts
 
 
 def count_runs(request, seen, name):
@@ -47,12 +54,13 @@ def count_runs(request, seen, name):
     return run
 
 
-def test_the_same_prompt_is_encoded_once(counted, ov_pipeline):
-    pipeline, texts = counted()
+def test_the_same_prompt_is_encoded_once(counted, ov_pipeline, monkeypatch):
+    pipeline, texts = counted
     first = generate(pipeline)
     assert len(texts) == 2  # the prompt, and the empty one
     assert (generate(pipeline) == first).all()
-    pipeline.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    euler = diffusers.EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    monkeypatch.setattr(pipeline, "scheduler", euler)
     generate(pipeline, num_images_per_prompt=2, guidance_scale=1.0, height=96)
     assert len(texts) == 2
     assert_same(first, generate(ov_pipeline("alpha")), 1e-6)
@@ -69,15 +77,16 @@ def test_the_same_prompt_is_encoded_once(counted, ov_pipeline):
     ],
 )
 def test_new_prompts_are_encoded(call, encoded, counted, ov_pipeline):
-    pipeline, texts = counted()
+    pipeline, texts = counted
     generate(pipeline)
     texts.clear()
     assert_same(generate(pipeline, **call), generate(ov_pipeline("alpha"), **call), 1e-6)
     assert len(texts) == encoded
 
 
-def test_another_device_or_shape_encodes_anew(counted):
-    pipeline, texts = counted()
+@pytest.mark.slow
+def test_another_device_or_shape_encodes_anew(fresh_pipeline):
+    pipeline, texts = count_texts(fresh_pipeline("alpha"))
     generate(pipeline)
     for change in (lambda: pipeline.to("CPU"), lambda: pipeline.reshape(1, 64, 64, 1)):
         texts.clear()
@@ -87,7 +96,7 @@ def test_another_device_or_shape_encodes_anew(counted):
 
 
 def test_the_least_recent_prompts_leave_the_cache(counted):
-    pipeline, texts = counted()
+    pipeline, texts = counted
     encode = {"do_classifier_free_guidance": False}
     prompts = [
         f"a star {'red ' * number}" for number in range(pipeline.text_encoder.CACHED_PROMPTS)
@@ -110,6 +119,7 @@ def loads(monkeypatch):
     return files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"compile_only": True}], ids=["model", "compiled"])
 def test_released_between_prompts_the_text_encoder_encodes_the_same(
     options, converted, ov_pipeline

@@ -210,11 +210,12 @@ def test_load_pipeline_takes_torch_and_openvino_folders(checkpoint, converted, o
         helper.load_pipeline(converted("alpha"), device="XPU")
 
 
-def test_a_pipeline_is_not_saved_over_its_own_weights(fresh_pipeline, converted):
+def test_a_pipeline_is_not_saved_over_its_own_weights(ov_pipeline, converted):
     with pytest.raises(ValueError, match=r"save_directory=.*choose another"):
-        fresh_pipeline("alpha").save_pretrained(converted("alpha"))
+        ov_pipeline("alpha").save_pretrained(converted("alpha"))
 
 
+@pytest.mark.slow
 def test_half_to_and_compile_only(fresh_pipeline, ov_pipeline):
     reference = generate(ov_pipeline("alpha"))
     assert_same(generate(fresh_pipeline("alpha").half()), reference, 0.02)
@@ -225,6 +226,7 @@ def test_half_to_and_compile_only(fresh_pipeline, ov_pipeline):
 # ---- compile options ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"compile_only": True}])
 def test_stored_options_come_along_on_every_route(options, converted, tmp_path):
     folder = tmp_path / "stored"
@@ -274,6 +276,7 @@ def test_a_call_that_fails_lets_the_next_thread_in(ov_pipeline):
 # ---- devices ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "HETERO:CPU", "AUTO:-GPU"])
 def test_devices_in_lists_generate_the_same(device, fresh_pipeline, ov_pipeline):
     assert_same(
@@ -293,6 +296,7 @@ def test_t5_carries_its_scale_for_16_bit_devices(converted, fresh_pipeline, tmp_
 # ---- a second load ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"compile_only": True}])
 def test_compiled_models_are_kept_in_the_cache(options, fresh_pipeline, tmp_path):
     settings = {**options, "ov_config": {**F32, "CACHE_DIR": str(tmp_path)}}
