@@ -58,6 +58,7 @@ def trace_in_16_bits(module: Any) -> Iterator[None]:
         from openvino.frontend.pytorch import patch_model
         from optimum.exporters.openvino.utils import clear_class_registry
 
+        unpatch = patch_model.unpatch_model
         getattr(patch_model, "__make_16bit_traceable")(module)
     except (ImportError, AttributeError) as error:
         _step_aside("tracing in 16 bits", error)
@@ -68,7 +69,7 @@ def trace_in_16_bits(module: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        patch_model.unpatch_model(module, "_openvino_module_extension_patch_orig_forward")
+        unpatch(module, "_openvino_module_extension_patch_orig_forward")
         clear_class_registry()
 
 
