@@ -65,6 +65,5 @@ def fp16(tmp_path_factory, checkpoint) -> Path:
 @pytest.fixture(scope="session")
 def optimized(fp16) -> Callable[[str], Path]:
     """`optimized(preset)`: its folder, made once, beside `fp16`."""
-    return cache(
-        lambda preset: helper.optimize_pipeline(fp16, fp16.parent / preset, preset, **DATA)
-    )
+    root = fp16.parent
+    return cache(lambda preset: helper.optimize_pipeline(fp16, root / preset, preset, **DATA))
