@@ -206,6 +206,7 @@ def test_memory_decides_how_many_take_turns(free_gb, groups, folders, compared, 
             assert one.tobytes() == other.tobytes()
 
 
+@pytest.mark.slow
 def test_a_failure_at_the_far_end_arrives_as_one_line(folders):
     only = {"openvino": folders["openvino"]}
     with refused(RuntimeError, "'openvino' failed: ValueError: num_inference_steps=0"):
@@ -219,6 +220,7 @@ class MortalTimer(Timer):
         os.kill(os.getpid(), 9)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_reported_with_the_remedy(folders, monkeypatch):
     monkeypatch.setattr(compare, "Timer", MortalTimer)
     words = ("'openvino' failed: its process died (exit code -9)", "compare fewer pipelines")

@@ -57,7 +57,7 @@ def test_images_are_shown_in_pairs_with_their_amplified_difference(known):
 
 def test_labels_choose_what_is_shown_beside_the_reference(known):
     assert len(shown_images(known.show_images(labels=["a"], count=9))) == 3
-    with pytest.raises(ValueError, match="labels='c' does not work.*'a', 'b'"):
+    with pytest.raises(ValueError, match=r"labels='c' does not work.*'a', 'b'"):
         known.show_images(labels=["c"])
     with pytest.raises(ValueError, match="count=0"):
         known.show_images(count=0)

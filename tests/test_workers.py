@@ -86,7 +86,7 @@ def test_a_failure_arrives_as_one_line_and_the_worker_lives_on(workers):
     assert not isinstance(caught.value, WorkerDied)
     with pytest.raises(WorkerError, match=r"^ValueError: $"):
         workers.call("a", fail_in_silence)
-    with pytest.raises(WorkerError, match="AttributeError.*'nothing'"):
+    with pytest.raises(WorkerError, match=r"AttributeError.*'nothing'"):
         workers.call("one", "nothing")
     assert workers.call("a", os.getpid) == pid
 
@@ -125,7 +125,7 @@ def test_stop_ends_one_worker(workers):
 @pytest.mark.parametrize("unpicklable", [lambda: 0, type("Local", (), {})()])
 def test_what_cannot_be_pickled_is_an_error_and_the_workers_live_on(workers, unpicklable):
     pid = workers.call("a", os.getpid)
-    with pytest.raises(Exception, match="pickle|local"):
+    with pytest.raises(Exception, match=r"pickle|local"):
         workers.call("a", print, unpicklable)
     assert workers.call("a", os.getpid) == pid
 
