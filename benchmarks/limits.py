@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
+_PREFIX = "pixart-bench-"
 # Joins the group, then becomes the real command: nothing is imported outside the group.
 _JOIN = "import os, sys; open(sys.argv[1], 'w').write('0'); os.execv(sys.argv[2], sys.argv[2:])"
 
@@ -32,7 +35,10 @@ class Controller:
 
         Raises OSError where the kernel or missing rights forbid it.
         """
-        folder = self.parent / f"pixart-bench-{os.getpid()}-{time.monotonic_ns()}"
+        for left in self.parent.glob(f"{_PREFIX}*"):  # by a process that was killed
+            if not psutil.pid_exists(int(left.name.removeprefix(_PREFIX).split("-")[0])):
+                _remove_group(left)
+        folder = self.parent / f"{_PREFIX}{os.getpid()}-{time.monotonic_ns()}"
         folder.mkdir()
         try:
             (folder / self.limit).write_text(str(limit))

@@ -185,7 +185,8 @@ def run_probe(
     if done.returncode == 0:
         return Probe(**json.loads(done.stdout.splitlines()[-1]))
     reason = (done.stderr.strip().splitlines() or [""])[-1]
-    if done.returncode < 0 or "MemoryError" in reason or "bad_alloc" in reason:
+    killed = done.returncode == -9  # SIGKILL, by which the kernel ends what exceeds its limit
+    if killed or "MemoryError" in reason or "bad_alloc" in reason:
         return None
     raise RuntimeError(f"{task.name}: {reason}")
 
