@@ -4,7 +4,9 @@
 |---|---|
 | `scenes` | vocabulary, captions and their parsing |
 | `render` | a scene → an image |
-| `oracle` | an image → what it shows, without learning |
-| `evaluate` | how well a checkpoint paints held-out captions |
+| `oracle` | an image → what it shows and how clean it is, without learning |
+| `evaluate` | how well a checkpoint generates held-out captions |
 | `presets` | what the quantization presets cost and gain |
+| `models`, `data`, `fit` | what every stage of the training uses |
+| `train`, `train_*` | the training, one module per component |
 """

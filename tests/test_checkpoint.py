@@ -27,7 +27,7 @@ def vae():
 
 @pytest.fixture(scope="module")
 def in_openvino(tmp_path_factory):
-    """`in_openvino(checkpoint)`: it as an OpenVINO folder; the few-step model borrows T5 and VAE."""
+    """`in_openvino(checkpoint)`: it as an OpenVINO folder; the few-step model borrows the rest."""
 
     @cache
     def convert(checkpoint):
@@ -98,14 +98,15 @@ def test_its_tokenizer_reads_from_spiece_model_alone(tmp_path):
     assert 2 not in whole(caption).input_ids  # 2 is <unk>
 
 
+@pytest.mark.slow
 def test_the_vae_reconstructs_at_30_db_or_better(vae):
-    assert evaluate.vae_psnr(vae, count=32) >= 30
+    assert evaluate.vae_psnr(vae, count=8) >= 30
 
 
 @pytest.mark.slow
 def test_the_oracle_finds_vae_reconstructions_right(vae):
     rng = np.random.default_rng(4)
-    sizes, wrong, count = list(image_sizes(CHECKPOINT).values()), 0, 1000
+    sizes, wrong, count = list(image_sizes(CHECKPOINT).values()), 0, 200
     for i in range(0, count, 10):
         drawn = [scenes.sample_scene(rng) for _ in range(10)]
         size = sizes[i // 10 % len(sizes)]
