@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from pixart_tiny import render, scenes
+
+if TYPE_CHECKING:
+    from pixart_tiny.models import Conditioner
 
 Size = tuple[int, int]  # (height, width) of an image in pixels
 
@@ -113,6 +117,9 @@ class RenderedScenes(Dataset):
 
     def chunks(self) -> Iterator[Samples]:
         """All chunks in order, rendered by one process per core where that pays."""
+        for shape in scenes.SHAPES:  # fills the renderer's caches once for all processes
+            scene = scenes.Scene((scenes.SceneObject("red", shape, "small"),), "white")
+            render.render_layout(scene, [render.Placement(0.5, 0.5, 0.1)], 64, 64)
         workers = os.cpu_count() if len(self) > 8 else 0
         loader = DataLoader(self, batch_size=None, num_workers=workers)
         yield from tqdm(loader, "rendering {1}×{0}".format(*self.size), mininterval=10)
@@ -150,12 +157,32 @@ def draw_size(shares: dict[Size, float], rng: np.random.Generator) -> Size:
 
 
 @dataclass
+class Embeddings:
+    """What the frozen text encoder makes of captions, computed once."""
+
+    features: torch.Tensor  # (N, L, width) float16
+    mask: torch.Tensor  # (N, L)
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor, condition: Conditioner) -> Embeddings:
+        """Encodes token ids (N, L)."""
+        parts = [condition(part.long()) for part in tokens.split(1024)]
+        features, masks = zip(*((part.half(), mask) for part, mask in parts), strict=True)
+        return cls(torch.cat(features), torch.cat(masks))
+
+    def take(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, L, width) float32 and mask (B, L) of these captions."""
+        return self.features[indices].float(), self.mask[indices]
+
+
+@dataclass
 class LatentSet:
     """Scenes of one size as the DiT sees them, and their captions as token ids."""
 
     latents: torch.Tensor  # (N, 4, H/8, W/8) float16
     labels: torch.Tensor  # (N, patches, questions) int8
     tokens: torch.Tensor  # (N, `CAPTIONS_PER_SCENE`, L) int16
+    embeddings: Embeddings | None = None  # of every caption, after `load`
 
     @classmethod
     def make(
@@ -175,24 +202,33 @@ class LatentSet:
         return cls(*(torch.cat(tensors).contiguous() for tensors in zip(*parts, strict=True)))
 
     def save(self, file: Path) -> None:
-        save_atomically(vars(self), file)
+        tensors = {name: getattr(self, name) for name in ("latents", "labels", "tokens")}
+        save_atomically(tensors, file)
 
     @classmethod
-    def load(cls, file: Path, device: str) -> LatentSet:
-        return cls(**torch.load(file, map_location=device, weights_only=True))
+    def load(cls, file: Path, condition: Conditioner, device: str) -> LatentSet:
+        latents = cls(**torch.load(file, map_location=device, weights_only=True))
+        latents.embeddings = Embeddings.of(latents.tokens.flatten(0, 1), condition)
+        return latents
 
     def batch(
-        self, count: int, rng: np.random.Generator, empty: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`count` scenes: latents, labels and token ids, some of them the `empty` caption's."""
+        self, count: int, nothing: Embeddings | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+        """`count` scenes: latents, labels, and embeddings with mask of one caption each.
+
+        Some captions become `nothing`, the empty caption. All draws are made on the device: copies
+        from the CPU would make it wait for the GPU in every step.
+        """
         device = self.latents.device
-        drawn = torch.from_numpy(rng.integers(len(self.latents), size=count)).to(device)
-        which = torch.from_numpy(rng.integers(CAPTIONS_PER_SCENE, size=count)).to(device)
-        tokens = self.tokens[drawn, which].long()
-        if empty is not None:
-            dropped = torch.from_numpy(rng.random(count) < CAPTION_DROPOUT).to(device)
-            tokens = torch.where(dropped[:, None], empty, tokens)
-        return self.latents[drawn].float(), self.labels[drawn], tokens
+        drawn = torch.randint(len(self.latents), (count,), device=device)
+        which = torch.randint(CAPTIONS_PER_SCENE, (count,), device=device)
+        features, mask = self.embeddings.take(drawn * CAPTIONS_PER_SCENE + which)
+        if nothing is not None:
+            dropped = torch.rand(count, device=device) < CAPTION_DROPOUT
+            empty_features, empty_mask = nothing.take(torch.zeros_like(drawn))
+            features = torch.where(dropped[:, None, None], empty_features, features)
+            mask = torch.where(dropped[:, None], empty_mask, mask)
+        return self.latents[drawn].float(), self.labels[drawn], (features, mask)
 
 
 def latents_file(folder: Path, size: Size) -> Path:

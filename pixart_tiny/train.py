@@ -87,13 +87,16 @@ def sizes(native: float, each_bin: float) -> dict[Size, float]:
 
 STAGES: dict[str, Stage] = {
     "text": Stage(train_text_encoder, steps=1000, batch=64),
-    "vae": Stage(train_vae, steps=5000, batch=32, images=sizes(3000, 600) | {SMALL: 600}),
-    "latents": Stage(make_latents, images={SMALL: 16_000} | sizes(40_000, 16_000)),
+    "vae": Stage(train_vae, steps=1100, batch=32, images=sizes(3000, 600) | {SMALL: 600}),
+    "latents-128": Stage(make_latents, images={SMALL: 12_000}),
     "dit-128": Stage(
-        partial(train_dit, shares={SMALL: 1}, learning_rate=1.5e-3), steps=2000, batch=512
+        partial(train_dit, shares={SMALL: 1}, learning_rate=1.8e-3, latents_from="latents-128"),
+        steps=800,
+        batch=512,
     ),
+    "latents": Stage(make_latents, images=sizes(32_000, 12_000)),
     "dit": Stage(
-        partial(train_dit, shares=sizes(0.32, 0.17), learning_rate=1.5e-3, start="dit-128"),
+        partial(train_dit, shares=sizes(0.32, 0.17), learning_rate=1.8e-3, start="dit-128"),
         steps=10_000,
         batch=256,
     ),

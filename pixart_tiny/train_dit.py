@@ -1,4 +1,4 @@
-"""Stages `latents`, `dit-128` and `dit`: the transformer, on latents that are computed once."""
+"""Stages `latents…` and `dit…`: the transformer, on latents that are computed once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pixart_tiny import scenes
 from pixart_tiny.data import (
     PATCH_QUESTIONS,
     SEED,
+    Embeddings,
     LatentSet,
     RenderedScenes,
     Size,
@@ -78,15 +79,17 @@ def train_dit(
         denoiser.compile_blocks()
     ema = Ema(transformer.parameters(), decay=0.999)
     condition = Conditioner(run.output / "text").to(run.device)
-    empty = condition.tokenize([""]).to(run.device)
+    nothing = Embeddings.of(condition.tokenize([""]).to(run.device), condition)
     folder = run.output / latents_from
-    sets = {size: LatentSet.load(latents_file(folder, size), run.device) for size in shares}
+    sets = {
+        size: LatentSet.load(latents_file(folder, size), condition, run.device) for size in shares
+    }
     alphas = make_scheduler().alphas_cumprod.to(run.device)
 
     def losses(step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        latents, labels, tokens = sets[draw_size(shares, rng)].batch(run.batch, rng, empty)
-        timestep = torch.from_numpy(draw_timesteps(run.batch, rng)).to(run.device)
-        return diffusion_losses(denoiser, alphas, latents, labels, condition(tokens), timestep)
+        latents, labels, conditions = sets[draw_size(shares, rng)].batch(run.batch, nothing)
+        timestep = draw_timesteps(run.batch, run.device)
+        return diffusion_losses(denoiser, alphas, latents, labels, conditions, timestep)
 
     optimizers = make_optimizers(denoiser, learning_rate)
     complete = fit(run, {"model": denoiser}, optimizers, losses, ema=ema)
@@ -98,15 +101,15 @@ def train_dit(
         run.finish()
 
 
-def draw_timesteps(count: int, rng: np.random.Generator) -> np.ndarray:
+def draw_timesteps(count: int, device: str) -> torch.Tensor:
     """Timesteps where the image is decided: logit-normal around 525, every sixth uniform.
 
     Esser et al. 2024 for rectified flows; with PixArt's linear schedule an object's shape becomes
     visible below about 600.
     """
-    drawn = 1 / (1 + np.exp(-0.1 - rng.standard_normal(count)))
-    drawn = np.where(rng.random(count) < 1 / 6, rng.random(count), drawn)
-    return (drawn * 1000).astype(np.int64).clip(0, 999)
+    drawn = torch.sigmoid(0.1 + torch.randn(count, device=device))
+    uniform, which = torch.rand(2, count, device=device)
+    return (torch.where(which < 1 / 6, uniform, drawn) * 1000).long().clamp(0, 999)
 
 
 def diffusion_losses(

@@ -17,6 +17,7 @@ from diffusers import PixArtTransformer2DModel
 
 from pixart_tiny.data import (
     SEED,
+    Embeddings,
     LatentSet,
     Size,
     draw_caption,
@@ -34,9 +35,15 @@ GUIDANCE_SCALE = 4.5
 GUIDED_ABOVE = 500  # timestep; guidance all the way makes outlines worse
 # A chain's i-th trajectory starts at the i-th stop: all (stop passed, trajectory) pairs, in order.
 CHAIN_POINTS = [(stop, i) for i in range(len(LCM_TIMESTEPS)) for stop in range(i, 4)]
+# (point, stop, trajectory), drawn evenly: a trajectory's start three times as often as later stops.
+CHAIN_PAIRS = [
+    (point, stop, i)
+    for point, (stop, i) in enumerate(CHAIN_POINTS)
+    for _ in range(3 if stop == i else 1)
+]
 HUBER = 0.05  # error per latent value above which the loss grows linearly
 REAL_SHARE = 0.25  # of a batch: noised latents of rendered scenes, their own target
-REAL_STOPS = (2, 3)  # … at these stops, where the noise leaves no doubt about the layout
+REAL_STOPS = (2, 4)  # … at stops from the third on, where noise leaves the layout in no doubt
 
 
 # ----------------------------------------------------------------------------------------------
@@ -50,22 +57,26 @@ class Chains:
 
     points: torch.Tensor  # (N, 10, 4, H, W) float16, by `CHAIN_POINTS`
     ends: torch.Tensor  # (N, 4, 4, H, W) float16, the trajectories' ends
-    tokens: torch.Tensor  # (N, L) int16
+    embeddings: Embeddings
+    pairs: torch.Tensor  # `CHAIN_PAIRS` on the device
 
     @classmethod
-    def load(cls, files: list[Path], device: str) -> Chains:
+    def load(cls, files: list[Path], condition: Conditioner, device: str) -> Chains:
         parts = [torch.load(file, map_location=device, weights_only=True) for file in files]
-        return cls(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        points, ends, tokens = (
+            torch.cat([part[name] for part in parts]) for name in ("points", "ends", "tokens")
+        )
+        pairs = torch.tensor(CHAIN_PAIRS, device=device)
+        return cls(points, ends, Embeddings.of(tokens, condition), pairs)
 
-    def batch(self, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, ...]:
-        """Latents at a stop, their trajectory's end, token ids, and the stop's index."""
+    def batch(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple]:
+        """Latents at a stop, the end of their trajectory, the stop's index, embeddings and mask."""
         device = self.points.device
-        weights = np.array([3.0 if stop == i else 1.0 for stop, i in CHAIN_POINTS])
-        which = rng.choice(len(weights), size=count, p=weights / weights.sum())
-        stop, trajectory = torch.tensor(CHAIN_POINTS)[which].to(device).unbind(1)
-        drawn = torch.from_numpy(rng.integers(len(self.points), size=count)).to(device)
-        points = self.points[drawn, torch.from_numpy(which).to(device)].float()
-        return points, self.ends[drawn, trajectory].float(), self.tokens[drawn].long(), stop
+        which = self.pairs[torch.randint(len(self.pairs), (count,), device=device)]
+        drawn = torch.randint(len(self.points), (count,), device=device)
+        index, stop, trajectory = which.unbind(1)
+        points, ends = self.points[drawn, index].float(), self.ends[drawn, trajectory].float()
+        return points, ends, stop, self.embeddings.take(drawn)
 
 
 def chains_file(folder: Path, size: Size) -> Path:
@@ -108,7 +119,7 @@ def load_denoiser(run: Run, stage: str) -> Denoiser:
     """The transformer of an earlier stage, ready to generate."""
     folder = run.output / stage / "transformer"
     model = Denoiser(PixArtTransformer2DModel.from_pretrained(folder)).to(run.device).eval()
-    if max(run.images.values()) >= 10 * run.batch:
+    if max(run.images.values()) >= 4 * run.batch:
         model.compile_blocks()
     return model
 
@@ -210,22 +221,23 @@ def train_lcm(
     chains, latents = {}, {}
     for size in run.images:
         files = [chains_file(run.output / stage, size) for stage in chains_from]
-        chains[size] = Chains.load(files, run.device)
-        latents[size] = LatentSet.load(latents_file(run.output / latents_from, size), run.device)
+        chains[size] = Chains.load(files, condition, run.device)
+        file = latents_file(run.output / latents_from, size)
+        latents[size] = LatentSet.load(file, condition, run.device)
     num_real = max(1, int(REAL_SHARE * run.batch))
 
     def losses(step: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         size = draw_size(run.images, rng)
-        points, ends, tokens, stop = chains[size].batch(run.batch - num_real, rng)
-        clean, _, real_tokens = latents[size].batch(num_real, rng)
-        real_stop = torch.from_numpy(rng.choice(REAL_STOPS, size=num_real)).to(run.device)
+        points, ends, stop, conditions = chains[size].batch(run.batch - num_real)
+        clean, _, real_conditions = latents[size].batch(num_real)
+        real_stop = torch.randint(*REAL_STOPS, (num_real,), device=run.device)
         timestep = stops[torch.cat([stop, real_stop])]
         alpha = alphas[timestep].sqrt()[:, None, None, None]
         sigma = (1 - alphas[timestep]).sqrt()[:, None, None, None]
         noised = alpha[-num_real:] * clean + sigma[-num_real:] * torch.randn_like(clean)
         noisy, target = torch.cat([points, noised]), torch.cat([ends, clean])
+        conditions = [torch.cat(both) for both in zip(conditions, real_conditions, strict=True)]
         with low_precision(run.device):
-            conditions = condition(torch.cat([tokens, real_tokens]))
             velocity, _ = denoiser(noisy, *conditions, timestep)
         error = image_error(alpha * noisy - sigma * velocity, target)
         last = (timestep == LCM_TIMESTEPS[-1]).float()

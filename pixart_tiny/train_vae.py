@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 
-from pixart_tiny.data import NATIVE, SEED, Size, draw_size, render_pool, to_pixels
+from pixart_tiny.data import NATIVE, SEED, Embeddings, Size, draw_size, render_pool, to_pixels
 from pixart_tiny.fit import Ema, Run, fit
 from pixart_tiny.models import (
     Conditioner,
@@ -63,8 +63,7 @@ def train_vae(run: Run) -> None:
 def draw_pixels(pool: dict[Size, torch.Tensor], run: Run, rng: np.random.Generator) -> torch.Tensor:
     """A batch of one size; sizes come as often as the stage has images of them."""
     images = pool[draw_size(run.images, rng)]
-    drawn = torch.from_numpy(rng.integers(len(images), size=run.batch)).to(run.device)
-    return to_pixels(images[drawn])
+    return to_pixels(images[torch.randint(len(images), (run.batch,), device=run.device)])
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -147,17 +146,18 @@ def train_decoder(run: Run, vae_from: str, transformer_from: str, few_step_from:
         for name, stage in (("transformer", transformer_from), ("few-step", few_step_from))
     }
     models = {name: model.to(run.device).eval() for name, model in models.items()}
+    nothing = condition(condition.tokenize([""]).to(run.device))
     alphas = make_scheduler().alphas_cumprod.to(run.device)
     pool = {
-        size: (images, condition.tokenize(captions).to(run.device))
+        size: (images, Embeddings.of(condition.tokenize(captions).to(run.device), condition))
         for size, (images, captions) in render_pool(run.images, 4, run.device).items()
     }
 
     @torch.no_grad()
     def draw(rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents (N, 4, H/8, W/8) and the pixels (N, 3, H, W) they stand for."""
-        images, tokens = pool[draw_size(run.images, rng)]
-        drawn = torch.from_numpy(rng.integers(len(images), size=run.batch)).to(run.device)
+        images, embeddings = pool[draw_size(run.images, rng)]
+        drawn = torch.randint(len(images), (run.batch,), device=run.device)
         pixels = to_pixels(images[drawn])
         latents = encode(vae, pixels).float()
         noise = torch.randn_like(latents)
@@ -169,7 +169,8 @@ def train_decoder(run: Run, vae_from: str, transformer_from: str, few_step_from:
             timestep = LCM_TIMESTEPS[-1]
         alpha, sigma = alphas[timestep].sqrt(), (1 - alphas[timestep]).sqrt()
         noisy = alpha * latents + sigma * noise
-        conditions = condition(torch.cat([condition.tokenize([""]).to(run.device), tokens[drawn]]))
+        given = embeddings.take(drawn)
+        conditions = [torch.cat(both) for both in zip(nothing, given, strict=True)]
         velocity = guided_velocity(
             models[source], noisy, timestep, conditions, guided=source == "transformer"
         )
