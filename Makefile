@@ -22,8 +22,9 @@ run: $(STAMP)
 # nbval runs a copy: models left in models/ by an earlier run would shorten the progress bars.
 test: check
 	@$(BIN)/python -m pytest tests
-	@rm -rf build/nbval && mkdir -p build/nbval
-	@cp -R pixart.ipynb ov_pixart_helper.py gradio_helper.py ov_pixart pixart_tiny assets build/nbval
+	@rm -rf build/nbval
+	@$(BIN)/python -c "import pathlib, benchmarks.notebook as notebook; \
+	  notebook.copy_needed(pathlib.Path('build/nbval'))"
 	@cd build/nbval && $(CURDIR)/$(BIN)/python -m pytest --nbval \
 	  --nbval-sanitize-with $(CURDIR)/tests/nbval_sanitize.cfg pixart.ipynb
 

@@ -46,6 +46,10 @@ class Example:
         """The checkpoint as a version to compare with; none where it would not fit into memory."""
         return {"PyTorch": Path(model_id)} if self.is_tiny else {}
 
+    def few_step_models(self, model_id: str) -> list[str]:
+        """Transformer and scheduler distilled from this checkpoint; at most one."""
+        return [f"{model_id}{self.few_step}"] if self.few_step else []
+
     def describe(self, image: Image.Image, prompt: str) -> str:
         """The oracle's reading of an image, or its size where the oracle cannot read."""
         if not self.is_tiny:
