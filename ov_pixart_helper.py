@@ -55,6 +55,7 @@ with quiet_imports():  # missing torchvision and the like
         film_strip,
         layer_input,
         layer_weights,
+        record_inputs,
         word_maps,
     )
     from ov_pixart.ir import (

@@ -280,6 +280,7 @@ class GenerationDefaults:
     """Recommended call arguments of a checkpoint; the fields are named as the pipeline's call.
 
     `height` and `width` in pixels. `timesteps` is set for one-step (DMD) checkpoints only.
+    `use_resolution_binning` is off where the checkpoint's family has no bins for its size.
     """
 
     num_inference_steps: int
@@ -288,6 +289,7 @@ class GenerationDefaults:
     height: int
     width: int
     timesteps: tuple[int, ...] | None = None
+    use_resolution_binning: bool = True
 
 
 def default_settings(model_dir: str | Path) -> GenerationDefaults:
@@ -309,8 +311,14 @@ def default_settings(model_dir: str | Path) -> GenerationDefaults:
     scheduler = read_scheduler_name(folder / "scheduler")
     vae = "vae_decoder" if is_openvino_folder(folder) else "vae"
     blocks = read_json(folder / vae / "config.json").get("block_out_channels", [0] * 4)
-    size = _sample_size(folder) * 2 ** (len(blocks) - 1)
-    shape = {"max_sequence_length": family.max_tokens, "height": size, "width": size}
+    sample_size = _sample_size(folder)
+    size = sample_size * 2 ** (len(blocks) - 1)
+    shape = {
+        "max_sequence_length": family.max_tokens,
+        "height": size,
+        "width": size,
+        "use_resolution_binning": sample_size in family.bins,
+    }
     if scheduler == "LCMScheduler":
         return GenerationDefaults(num_inference_steps=4, guidance_scale=0.0, **shape)
     if scheduler == "DDPMScheduler" and family is ALPHA:

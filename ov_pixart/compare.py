@@ -66,7 +66,11 @@ def compare_pipelines(
     settings = default_settings(folders[reference])
     steps = settings.num_inference_steps if num_inference_steps is None else num_inference_steps
     scale = settings.guidance_scale if guidance_scale is None else guidance_scale
-    call = {"num_inference_steps": steps, "guidance_scale": scale}
+    call = {
+        "num_inference_steps": steps,
+        "guidance_scale": scale,
+        "use_resolution_binning": settings.use_resolution_binning,
+    }
     if num_inference_steps is None and settings.timesteps:
         call["timesteps"] = list(settings.timesteps)
     sizes = {label: sizes_mb(folder) for label, folder in folders.items()}

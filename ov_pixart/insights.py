@@ -92,28 +92,34 @@ def word_maps(pipeline: OVPixArtPipeline, prompt: str, **call: Any) -> WordMaps:
     outputs, and is run again on every third call of the DiT. `call`: further arguments of the
     pipeline's call, one image at a time.
     """
-    transformer, recorded = pipeline.transformer, []
-
-    def infer(inputs: dict[str, torch.Tensor | None]) -> np.ndarray:
-        recorded.append(inputs)
-        return type(transformer).infer(transformer, inputs)
-
-    transformer.infer = infer
-    try:
-        image = pipeline(prompt, **call).images[0]
-    finally:
-        del transformer.infer
+    image, inputs = record_inputs(pipeline, prompt, **call)
+    transformer = pipeline.transformer
     compiled = _with_cross_attention(transformer.model, transformer.ov_config)
-    maps = sum(_attention(compiled, inputs) for inputs in recorded[::3])  # (N, L)
-    rows, columns = (side // transformer.config.patch_size for side in _latent_shape(recorded[0]))
+    maps = sum(_attention(compiled, arrays) for arrays in inputs[::3])  # (N, L)
+    patch = transformer.config.patch_size
+    rows, columns = (side // patch for side in inputs[0]["hidden_states"].shape[2:])
     maps = maps.T.reshape(-1, rows, columns)
     maps = maps / maps.mean(axis=(1, 2), keepdims=True)
     words = _words(pipeline, prompt)
     return WordMaps(image, {w: maps[tokens].mean(axis=0) for w, tokens in words.items()})
 
 
-def _latent_shape(inputs: dict[str, torch.Tensor]) -> tuple[int, int]:
-    return tuple(inputs["hidden_states"].shape[2:])
+def record_inputs(
+    pipeline: OVPixArtPipeline, prompt: str, **call: Any
+) -> tuple[Image.Image, list[dict[str, np.ndarray]]]:
+    """Generate an image; return it and the inputs of every call of the DiT, by name."""
+    transformer, calls = pipeline.transformer, []
+    names = {port.get_any_name() for port in transformer.model.inputs}
+
+    def infer(inputs: dict[str, torch.Tensor | None]) -> np.ndarray:
+        calls.append({name: tensor.numpy() for name, tensor in inputs.items() if name in names})
+        return type(transformer).infer(transformer, inputs)
+
+    transformer.infer = infer
+    try:
+        return pipeline(prompt, **call).images[0], calls
+    finally:
+        del transformer.infer
 
 
 def _with_cross_attention(model: ov.Model, config: dict[str, Any]) -> ov.CompiledModel:
@@ -132,10 +138,8 @@ def _with_cross_attention(model: ov.Model, config: dict[str, Any]) -> ov.Compile
     return ov.compile_model(model, "CPU", config)
 
 
-def _attention(compiled: ov.CompiledModel, inputs: dict[str, torch.Tensor]) -> np.ndarray:
+def _attention(compiled: ov.CompiledModel, arrays: dict[str, np.ndarray]) -> np.ndarray:
     """Attention of the conditional half, `(N, L)`: mean over heads and blocks."""
-    names = {port.get_any_name() for port in compiled.inputs}
-    arrays = {name: tensor.numpy() for name, tensor in inputs.items() if name in names}
     outputs = list(compiled(arrays).values())[1:]
     mask = torch.as_tensor(arrays["encoder_attention_mask"][-1]) > 0
     total = 0
@@ -157,6 +161,7 @@ def _words(pipeline: OVPixArtPipeline, prompt: str) -> dict[str, list[int]]:
         words[-1] = (word + piece.lstrip("▁"), [*tokens, i])
     named: dict[str, list[int]] = {}
     for word, tokens in words:
+        word = word.strip(".,;:!?") or word
         count = sum(name.split()[0] == word for name in named) + 1
         named[word if count == 1 else f"{word} {count}"] = tokens
     return named

@@ -165,7 +165,9 @@ def word_maps_figure(image: Image.Image, maps: dict[str, np.ndarray]) -> Figure:
         ncols=1 + len(maps),
         figsize=(12, 12 * image.height / image.width / (1 + len(maps)) + 0.3),
         facecolor="white",
+        squeeze=False,
     )
+    axes = axes[0]
     axes[0].imshow(image)
     axes[0].set_title("the image", fontsize=10)
     extent = (0, image.width, image.height, 0)
@@ -211,7 +213,7 @@ def activation_range_figure(values: np.ndarray, low: float, high: float) -> Figu
     outlier[:, largest] *= 20
     figure, axes = plt.subplots(ncols=2, figsize=(10, 3.4), facecolor="white")
     for ax, data, (left, right), title in (
-        (axes[0], values, (low, high), "as it is"),
+        (axes[0], values, (low, high), "measured"),
         (axes[1], outlier, (outlier.min(), outlier.max()), "one channel 20 times larger"),
     ):
         rounded = left + _on_grid(data.clip(left, right) - left, (right - left) / 255)
@@ -220,10 +222,13 @@ def activation_range_figure(values: np.ndarray, low: float, high: float) -> Figu
         ax.hist(data.ravel(), bins=200, color=COLOURS["whole"], log=True)
         for edge in (left, right):
             ax.axvline(edge, color=COLOURS["transformer"], linestyle="--")
-        ax.set_title(f"{title}: {levels} levels for the others, {quality:.0f} dB", fontsize=11)
+        ax.set_title(
+            f"{title}: {levels} of 256 levels\nfor the other channels, {quality:.0f} dB",
+            fontsize=11,
+        )
         ax.set_xlabel("activation (dashed: the range of its 256 levels)")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("how often")
+    axes[0].set_ylabel("number of values (log scale)")
     figure.tight_layout()
     return finished(figure)
 

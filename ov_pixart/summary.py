@@ -56,6 +56,8 @@ def summarize_presets() -> pd.DataFrame:
 def _recipe_text(recipe: Recipe) -> str:
     bits = {None: "W16", "int8": "W8", "int4": "W4"}[recipe.weights]
     if recipe.activations:
+        if r"/MatMul" in recipe.weights_only:
+            return "W8, A8 outside MatMul"
         return "W8 A8" if recipe.weights == "int8" else f"W8 A8, some {bits}"
     is_dynamic = "DYNAMIC_QUANTIZATION_GROUP_SIZE" in dict(recipe.options)
     return f"{bits} A8*" if is_dynamic else bits

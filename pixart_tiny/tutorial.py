@@ -60,7 +60,7 @@ class Example:
     def unwanted(self, image: Image.Image) -> str:
         """A negative prompt against something that this image shows."""
         if not self.is_tiny:
-            return "pink, glossy"
+            return "apples, red"
         return f"a small cyan ring on a {oracle.read_picture(image).background} background"
 
     def locate_words(self, maps: ovp.WordMaps) -> Iterator[str]:
@@ -71,9 +71,9 @@ class Example:
             if thing.shape in maps.maps:
                 x, y = maps.peak(thing.shape)
                 distance = ((x / side - thing.x) ** 2 + (y / side - thing.y) ** 2) ** 0.5
-                inside = distance <= thing.radius
+                place = "inside the outline of" if distance <= thing.radius else "outside"
                 name = f"{thing.size} {thing.colour} {thing.shape}"
-                yield f"“{thing.shape}” is strongest {'in' if inside else 'outside'} the {name}"
+                yield f"“{thing.shape}” is strongest {place} the {name}"
 
 
 TINY = Example(
@@ -93,7 +93,7 @@ WORLD = Example(
     prompt="A cactus with a happy face in the Sahara desert, watercolour",
     two_objects="A small lighthouse on a rock, a red boat in front of it",
     words=("lighthouse", "rock", "red", "boat"),
-    open_prompt="a large pink heart",
+    open_prompt="a bowl of fruit on a table",
     text_format="int8",  # T5-XXL does not fit into a laptop in 16 bits
     captions="natural-calibration.csv",
     num_samples=20,

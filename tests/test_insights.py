@@ -63,8 +63,8 @@ def test_nouns_are_strongest_in_their_objects(tiny):
         generator = torch.Generator().manual_seed(seed)
         lines = list(TINY.locate_words(ovp.word_maps(tiny, TINY.two_objects, generator=generator)))
         assert lines == [
-            "“ring” is strongest in the large blue ring",
-            "“star” is strongest in the small yellow star",
+            "“ring” is strongest inside the outline of the large blue ring",
+            "“star” is strongest inside the outline of the small yellow star",
         ]
 
 
@@ -99,7 +99,7 @@ def test_figures_of_the_tutorial_are_drawn():
     assert int8 > int4 + 15  # 4 bits fewer, 6 dB each
     values = rng.standard_normal((64, 8), dtype=np.float32)
     left, right = ovp.activation_range_figure(values, -4.0, 4.0).axes
-    levels = [int(ax.get_title().split(": ")[1].split()[0]) for ax in (left, right)]
+    levels = [int(ax.get_title().split("\n")[1].split()[0]) for ax in (left, right)]
     assert levels[0] > 100 > 40 > levels[1]
     points = [
         {"version": "a", "evaluations": n, "one_object": 90, "two_objects": 80} for n in (2, 4)
