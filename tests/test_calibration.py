@@ -21,6 +21,8 @@ from ov_pixart.calibration import (
 from ov_pixart.optimize import optimize_pipeline
 from tests.support.optimized import DATA, PROMPTS
 
+pytestmark = pytest.mark.slow  # NNCF at work
+
 # ---- captions -----------------------------------------------------------------------------------
 
 

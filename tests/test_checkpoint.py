@@ -17,7 +17,11 @@ from pixart_tiny import evaluate, oracle, render, scenes
 CHECKPOINT = evaluate.CHECKPOINT
 FEW_STEP_CHECKPOINT = Path("assets/pixart-tiny-lcm")
 
-torch.set_grad_enabled(False)
+
+@pytest.fixture(autouse=True, scope="module")
+def without_gradients():
+    with torch.no_grad():
+        yield
 
 
 @pytest.fixture(scope="module")

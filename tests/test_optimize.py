@@ -16,6 +16,8 @@ from tests.support.graphs import layers, rounded_inputs
 from tests.support.optimized import DATA, generate_small
 from tests.support.refused import refused
 
+pytestmark = pytest.mark.slow  # NNCF at work
+
 
 def weights(folder: Path, name: str) -> bytes:
     return (folder / name / "openvino_model.bin").read_bytes()

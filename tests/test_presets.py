@@ -8,6 +8,8 @@ from ov_pixart.presets import PRESETS
 from tests.support.graphs import is_in_a_block, layers, rounded_inputs
 from tests.support.optimized import generate_small
 
+pytestmark = pytest.mark.slow  # NNCF at work
+
 
 def test_int8_computes_every_matmul_of_the_blocks_in_integers(optimized):
     blocks = {k: v for k, v in layers(optimized("int8"), "transformer").items() if is_in_a_block(k)}
