@@ -10,24 +10,26 @@ TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 # A kernel that talks through local sockets needs no open port and has nothing to warn about.
 NBCONVERT := $(BIN)/jupyter nbconvert --log-level=WARN --KernelManager.transport=ipc
 
-.PHONY: run test lab demo bench lint clean
+.PHONY: run test test-fast lab demo bench check lint clean
 
 run: $(STAMP)
 	@echo "Running pixart.ipynb, which takes a few minutes …"
 	@$(NBCONVERT) --to notebook --execute --output-dir build pixart.ipynb
 	@$(NBCONVERT) --to markdown build/pixart.ipynb
 	@echo "The executed notebook: build/pixart.ipynb"
-	@echo "Its pictures:          build/pixart_files/"
+	@echo "Its images:            build/pixart_files/"
 
-# nbval runs a copy: what an earlier run has left in models/ would shorten the notebook's progress.
-test: $(STAMP)
-	@$(BIN)/ruff check .
-	@$(BIN)/ruff format --check .
+# nbval runs a copy: models left in models/ by an earlier run would shorten the progress bars.
+test: check
 	@$(BIN)/python -m pytest tests
-	@rm -rf build/nbval && mkdir -p build/nbval
-	@cp -R pixart.ipynb ov_pixart_helper.py gradio_helper.py assets build/nbval
+	@rm -rf build/nbval
+	@$(BIN)/python -c "import pathlib, benchmarks.notebook as notebook; \
+	  notebook.copy_needed(pathlib.Path('build/nbval'))"
 	@cd build/nbval && $(CURDIR)/$(BIN)/python -m pytest --nbval \
 	  --nbval-sanitize-with $(CURDIR)/tests/nbval_sanitize.cfg pixart.ipynb
+
+test-fast: check
+	@$(BIN)/python -m pytest tests -m "not slow"
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab pixart.ipynb
@@ -41,6 +43,10 @@ bench: $(STAMP)
 	@$(BIN)/python -m benchmarks speed --cases="$(BENCH_CASES)" --engines="$(BENCH_ENGINES)" \
 	  $(if $(call is_on,$(QUICK)),--quick) $(if $(call is_on,$(FRESH)),--fresh)
 
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
 lint: $(STAMP)
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
@@ -49,10 +55,12 @@ clean:
 	rm -rf build models
 
 # CPU-only PyTorch first: the default Linux build would bring several GB of CUDA libraries along.
+# JupyterLab's announcements plugin asks whether it may fetch news from the internet: off.
 $(STAMP): requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c "import torch" 2>/dev/null \
 	  || $(BIN)/pip install -q --no-deps --retries 1 --extra-index-url $(TORCH_CPU_INDEX) \
 	    "$$(grep -o '^torch==[^ ]*' requirements.txt)" 
 	@$(BIN)/pip install -q -r requirements.txt
+	@$(BIN)/jupyter labextension disable @jupyterlab/apputils-extension:announcements 2>/dev/null
 	@touch $@

@@ -4,7 +4,7 @@ Import this before `openvino` or `nncf`: it switches their usage telemetry off. 
 the module that holds the code; each module opens with its purpose.
 """
 
-from ov_pixart.quiet import quiet_imports
+from ov_pixart.quiet import quiet, quiet_imports, silent_nncf
 
 with quiet_imports():  # missing torchvision and the like
     # 0  Choose      ov_pixart/checkpoint.py   what is in a checkpoint's folder
@@ -32,6 +32,7 @@ with quiet_imports():  # missing torchvision and the like
 
     # 2  Run         ov_pixart/components.py   compiled models in diffusers' places
     #                ov_pixart/pipeline.py     from_pretrained, reshape, to, the call
+    #                ov_pixart/insights.py     film strip, word maps, weights and activations
     from ov_pixart.components import (
         OVPixArtTextEncoder,
         OVPixArtTransformer,
@@ -48,6 +49,14 @@ with quiet_imports():  # missing torchvision and the like
         convert_vae_decoder,
     )
     from ov_pixart.families import Family
+    from ov_pixart.insights import (
+        WordMaps,
+        calibrated_range,
+        film_strip,
+        layer_input,
+        layer_weights,
+        word_maps,
+    )
     from ov_pixart.ir import (
         IR_NAME,
         STORED_OPTIONS,
@@ -62,50 +71,17 @@ with quiet_imports():  # missing torchvision and the like
         OVPixArtSigmaPipeline,
         load_pipeline,
     )
-    from ov_pixart.plots import show_images
+    from ov_pixart.plots import (
+        activation_range_figure,
+        evaluations_figure,
+        show_images,
+        weight_grid_figure,
+        word_maps_figure,
+    )
     from ov_pixart.presets import PRESETS, Preset, Recipe
-    from ov_pixart.summary import summarize_models
+    from ov_pixart.storage import write_json
+    from ov_pixart.summary import summarize_models, summarize_presets
+    from ov_pixart.trace import TransformerWrapper, VaeDecoderWrapper, trace_transformer
 
 PARTS = COMPONENTS  # earlier names
 show_pictures = show_images
-
-__all__ = [
-    "CAPTIONS",
-    "COMPONENTS",
-    "DEFAULT_NUM_SAMPLES",
-    "IR_NAME",
-    "MODEL_INDEX",
-    "PARTS",
-    "PRESETS",
-    "STORED_OPTIONS",
-    "WEIGHT_FORMATS",
-    "Comparison",
-    "Family",
-    "GenerationDefaults",
-    "OVDiffusionPipeline",
-    "OVPixArtAlphaPipeline",
-    "OVPixArtSigmaPipeline",
-    "OVPixArtTextEncoder",
-    "OVPixArtTransformer",
-    "OVPixArtVae",
-    "Preset",
-    "Recipe",
-    "compare_pipelines",
-    "convert_pipeline",
-    "convert_text_encoder",
-    "convert_transformer",
-    "convert_vae_decoder",
-    "default_settings",
-    "family_of",
-    "image_sizes",
-    "load_calibration_prompts",
-    "load_pipeline",
-    "optimize_pipeline",
-    "read_json",
-    "release_memory",
-    "show_images",
-    "show_pictures",
-    "store_runtime_options",
-    "stored_runtime_options",
-    "summarize_models",
-]

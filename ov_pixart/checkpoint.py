@@ -18,7 +18,7 @@ from transformers import T5EncoderModel
 from ov_pixart.checks import read_json
 from ov_pixart.families import ALPHA, Family, find_family
 from ov_pixart.ir import IR_NAME, damage_message, ir_files
-from ov_pixart.quiet import hide_transformers_bars, quiet
+from ov_pixart.quiet import hide_loading_bars, quiet
 from ov_pixart.storage import LOCK, OPTIMIZATION, RECORDS, find_damage, read_record
 
 MODEL_INDEX = "model_index.json"
@@ -242,7 +242,7 @@ def load_component(folder: Path, loader: type) -> torch.nn.Module:
     """
     stored = stored_weights(folder)
     precision = "torch_dtype" if hasattr(loader, "save_config") else "dtype"
-    with quiet(), hide_transformers_bars():
+    with quiet(), hide_loading_bars():
         module, loaded = loader.from_pretrained(
             folder,
             use_safetensors=True,

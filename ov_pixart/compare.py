@@ -76,7 +76,7 @@ def compare_pipelines(
     with tqdm(total=(1 + len(pairs)) * len(folders), unit="image") as bar:
         for group in group_by_memory(needs, 0.8 * psutil.virtual_memory().available / 1e6):
             runs |= _take_turns({label: folders[label] for label in group}, pairs, call, bar)
-    return _evaluate(runs, sizes, pairs, reference, scorer)
+    return evaluate(runs, sizes, pairs, reference, scorer)
 
 
 def _check_compare(
@@ -201,7 +201,7 @@ class Timer:
 # ---- results ------------------------------------------------------------------------------------
 
 
-def _evaluate(
+def evaluate(
     runs: dict[str, list[ImageRun]],
     sizes_mb: dict[str, dict[str, float]],
     pairs: list[tuple[str, int]],

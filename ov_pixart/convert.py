@@ -245,7 +245,7 @@ def convert_pipeline(
     check_output(output_dir, {checkpoint, *folders.values()}, COMPONENTS)
 
     conversion = _Conversion(folders, lora_scale, output_dir, formats)
-    conversion.check_resources(force)
+    conversion.check_room(force)
     with locked(output_dir):
         conversion.run(force)
         with quiet(), staged(output_dir / "tokenizer") as folder:  # a `spiece.model` is enough
@@ -304,9 +304,11 @@ class _Conversion:
     def cost(self, name: str) -> ConversionCost:
         return conversion_cost(self.folder(name), self.formats[name])
 
-    def check_resources(self, force: bool) -> None:
-        """Raise MemoryError or OSError if memory or disk is too small for what is missing."""
+    def check_room(self, force: bool) -> None:
+        """Raise an error now if what is missing could not be written, or made, later."""
         missing = [name for name in COMPONENTS if force or not self.is_finished(name)]
+        for name in missing:
+            _check_replaceable(self.output_dir / name)
         check_resources({name: self.cost(name) for name in missing}, self.output_dir)
 
     def run(self, force: bool) -> None:

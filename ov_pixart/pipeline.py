@@ -38,7 +38,7 @@ from ov_pixart.ir import (
     reshape_inputs,
     static_length,
 )
-from ov_pixart.quiet import without_log_message
+from ov_pixart.quiet import hide_loading_bars, quiet, without_log_message
 from ov_pixart.storage import RECORDS
 from ov_pixart.upstream import hide_length_warning
 
@@ -357,9 +357,10 @@ def load_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
             for component in COMPONENTS.values()
         }
         tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        pipeline = family.torch_class.from_pretrained(
-            folder, local_files_only=True, tokenizer=tokenizer, **modules, **options
-        )
+        with quiet(), hide_loading_bars():
+            pipeline = family.torch_class.from_pretrained(
+                folder, local_files_only=True, tokenizer=tokenizer, **modules, **options
+            )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

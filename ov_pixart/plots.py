@@ -154,3 +154,109 @@ def amplified_difference(
     """`(H, W, 3)` uint8: grey where the two agree."""
     a, b = np.asarray(image, np.float32), np.asarray(reference, np.float32)
     return np.clip(128 + amplification * (a - b), 0, 255).astype(np.uint8)
+
+
+# ---- a look inside ------------------------------------------------------------------------------
+
+
+def word_maps_figure(image: Image.Image, maps: dict[str, np.ndarray]) -> Figure:
+    """An image, and beside it once per word with the word's attention over it."""
+    figure, axes = plt.subplots(
+        ncols=1 + len(maps),
+        figsize=(12, 12 * image.height / image.width / (1 + len(maps)) + 0.3),
+        facecolor="white",
+    )
+    axes[0].imshow(image)
+    axes[0].set_title("the image", fontsize=10)
+    extent = (0, image.width, image.height, 0)
+    for ax, (word, values) in zip(axes[1:], maps.items(), strict=True):
+        ax.imshow(image)
+        ax.imshow(values, extent=extent, alpha=0.65, cmap="inferno", interpolation="bicubic")
+        ax.set_title(word, fontsize=10)
+    for ax in axes:
+        ax.axis("off")
+    figure.tight_layout(pad=0.3)
+    return finished(figure)
+
+
+def weight_grid_figure(weights: np.ndarray, group_size: int = 64) -> Figure:
+    """One group of weights, of `(outputs, inputs)`, before and after rounding.
+
+    INT8: 255 levels per output channel. INT4: 15 levels per group of weights.
+    """
+    channel, group = weights[0], weights[0, :group_size]
+    grids = {
+        "INT8, one scale per output channel": _on_grid(group, np.abs(channel).max() / 127),
+        f"INT4, one scale per {group_size} weights": _on_grid(group, np.abs(group).max() / 7),
+    }
+    figure, axes = plt.subplots(ncols=2, figsize=(10, 3.6), facecolor="white", sharey=True)
+    for ax, (title, rounded), colour in zip(
+        axes, grids.items(), (COLOURS["transformer"], COLOURS["text_encoder"]), strict=True
+    ):
+        ax.axline((0, 0), slope=1, color=COLOURS["rest"], linewidth=0.8, zorder=0)
+        ax.scatter(group, rounded, s=14, color=colour)
+        ax.set_title(f"{title}: {_signal_to_error(group, rounded):.0f} dB", fontsize=11)
+        ax.set_xlabel("weight in FP16")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("weight on the grid")
+    figure.tight_layout()
+    return finished(figure)
+
+
+def activation_range_figure(values: np.ndarray, low: float, high: float) -> Figure:
+    """Activations `(rows, channels)`, their calibrated range, and what one outlier channel does."""
+    largest = values.std(axis=0).argmax()
+    others = np.delete(np.arange(values.shape[1]), largest)
+    outlier = values.copy()
+    outlier[:, largest] *= 20
+    figure, axes = plt.subplots(ncols=2, figsize=(10, 3.4), facecolor="white")
+    for ax, data, (left, right), title in (
+        (axes[0], values, (low, high), "as it is"),
+        (axes[1], outlier, (outlier.min(), outlier.max()), "one channel 20 times larger"),
+    ):
+        rounded = left + _on_grid(data.clip(left, right) - left, (right - left) / 255)
+        levels = len(np.unique(rounded[:, others]))
+        quality = _signal_to_error(data[:, others], rounded[:, others])
+        ax.hist(data.ravel(), bins=200, color=COLOURS["whole"], log=True)
+        for edge in (left, right):
+            ax.axvline(edge, color=COLOURS["transformer"], linestyle="--")
+        ax.set_title(f"{title}: {levels} levels for the others, {quality:.0f} dB", fontsize=11)
+        ax.set_xlabel("activation (dashed: the range of its 256 levels)")
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("how often")
+    figure.tight_layout()
+    return finished(figure)
+
+
+def _on_grid(values: np.ndarray, step: float) -> np.ndarray:
+    return np.round(values / step) * step
+
+
+def _signal_to_error(values: np.ndarray, rounded: np.ndarray) -> float:
+    return float(10 * np.log10(np.square(values).mean() / np.square(values - rounded).mean()))
+
+
+def evaluations_figure(points: list[dict]) -> Figure:
+    """Share of right images against evaluations of the DiT per image, a line per version.
+
+    `points`: dictionaries with `version`, `evaluations`, and the shares `one_object` and
+    `two_objects` in per cent.
+    """
+    table = pd.DataFrame(points)
+    figure, axes = plt.subplots(ncols=2, figsize=(10, 3.8), facecolor="white", sharey=True)
+    colours = [COLOURS[name] for name in ("transformer", "text_encoder", "vae_decoder", "rest")]
+    for ax, column in zip(axes, ("one_object", "two_objects"), strict=True):
+        for (version, rows), colour in zip(
+            table.groupby("version", sort=False), colours, strict=False
+        ):
+            rows = rows.sort_values("evaluations")
+            ax.plot(rows["evaluations"], rows[column], "o-", color=colour, label=version)
+        ax.set_title(column.replace("_", " "), loc="left", fontsize=11)
+        ax.set_xlabel("evaluations of the DiT per image")
+        ax.set_ylim(0, 103)
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("right images, %")
+    axes[1].legend(frameon=False, loc="lower right", fontsize=9)
+    figure.tight_layout()
+    return finished(figure)

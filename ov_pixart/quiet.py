@@ -68,17 +68,21 @@ def silent_nncf() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def hide_transformers_bars() -> Iterator[None]:
-    """Hide the progress bars of transformers while it loads a model: one bar is enough."""
+def hide_loading_bars() -> Iterator[None]:
+    """Hide the progress bars of diffusers and transformers while they load: one bar is enough."""
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    shown = [
+        log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()
+    ]
+    for log in shown:
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
+        for log in shown:
+            log.enable_progress_bar()
 
 
 @contextlib.contextmanager

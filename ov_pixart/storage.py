@@ -175,7 +175,7 @@ def check_output(output_dir: Path, sources: Iterable[Path], components: Iterable
     if output_dir.is_file():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file: name a folder.")
     written = [output_dir.resolve(), *(output_dir.resolve() / name for name in components)]
-    for source in sources:
+    for source in sorted(sources):  # a whole checkpoint comes before its folders
         if any(source.resolve() in (folder, *folder.parents) for folder in written):
             place = "is" if written[0] == source.resolve() else "lies in"
             raise ValueError(

@@ -1,4 +1,4 @@
-"""`summarize_models`: the IRs of a folder as a table."""
+"""Tables: the IRs of a folder, and the presets."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import pandas as pd
 
 from ov_pixart.checkpoint import COMPONENTS
 from ov_pixart.ir import IR_NAME, read_ir
+from ov_pixart.presets import PRESETS, Recipe
 
 
 def summarize_models(ov_dir: str | Path) -> pd.DataFrame:
@@ -35,3 +36,26 @@ def _ports_text(ports: list[ov.Output]) -> str:
 def _shape_text(shape: ov.PartialShape) -> str:
     lengths = ("?" if axis.is_dynamic else str(axis.get_length()) for axis in shape)
     return f"({', '.join(lengths)})"
+
+
+def summarize_presets() -> pd.DataFrame:
+    """One row per preset, one column per component: bits of weights and activations, and data.
+
+    "W8 A8" stores weights and computes in 8-bit integers, "W4" keeps floating activations, "W8 A8*"
+    quantizes activations as they come. "Calibrated": the components that need calibration data.
+    """
+    rows = {}
+    for name, preset in PRESETS.items():
+        recipes = {component: getattr(preset, component) for component in COMPONENTS}
+        rows[name] = {component: _recipe_text(recipe) for component, recipe in recipes.items()}
+        data = [component for component, recipe in recipes.items() if recipe.needs_data]
+        rows[name]["calibrated"] = ", ".join(data) or "–"
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("preset")
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    bits = {None: "W16", "int8": "W8", "int4": "W4"}[recipe.weights]
+    if recipe.activations:
+        return "W8 A8" if recipe.weights == "int8" else f"W8 A8, some {bits}"
+    is_dynamic = "DYNAMIC_QUANTIZATION_GROUP_SIZE" in dict(recipe.options)
+    return f"{bits} A8*" if is_dynamic else bits

@@ -34,8 +34,12 @@ def telemetry_off() -> None:
         OptInChecker.check = lambda *args, **kwargs: ConsentCheckResult.DECLINED
     except (ImportError, AttributeError) as error:
         _step_aside("revoking consent to telemetry", error)
-    with contextlib.suppress(RuntimeError):  # nothing has been set up yet
+    try:
         sys.modules["openvino_telemetry"].Telemetry().consent = False
+    except RuntimeError:
+        pass  # nothing has been set up yet
+    except (AttributeError, TypeError) as error:
+        _step_aside("revoking consent to telemetry", error)
 
 
 @contextlib.contextmanager
@@ -54,6 +58,7 @@ def trace_in_16_bits(module: Any) -> Iterator[None]:
         from openvino.frontend.pytorch import patch_model
         from optimum.exporters.openvino.utils import clear_class_registry
 
+        unpatch = patch_model.unpatch_model
         getattr(patch_model, "__make_16bit_traceable")(module)
     except (ImportError, AttributeError) as error:
         _step_aside("tracing in 16 bits", error)
@@ -64,7 +69,7 @@ def trace_in_16_bits(module: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        patch_model.unpatch_model(module, "_openvino_module_extension_patch_orig_forward")
+        unpatch(module, "_openvino_module_extension_patch_orig_forward")
         clear_class_registry()
 
 
@@ -94,11 +99,11 @@ def free_weights_while_compressing(
         weights = list(weights)
 
         def one_by_one() -> Iterator[Any]:
-            done, total = 0, sum(weight.num_weights for weight in weights)
+            done, total, known = 0, sum(weight.num_weights for weight in weights), True
             for weight in weights:
                 report(f"compressing weights, {done / total:.0%}")
                 yield weight
-                _forget_weight(self, weight)
+                known = known and _forget_weight(self, weight)
                 done += weight.num_weights
 
         return original(self, model, graph, one_by_one(), *args, **kwargs)
@@ -107,12 +112,15 @@ def free_weights_while_compressing(
         yield
 
 
-def _forget_weight(backend: Any, weight: Any) -> None:
+def _forget_weight(backend: Any, weight: Any) -> bool:
+    """Whether NNCF's structure was as expected."""
     try:
         attributes = weight.node_with_weight.layer_attributes.constant_attributes
         del backend.name_to_node_mapping[attributes[weight.weight_port_id]["name"]]
     except (AttributeError, KeyError, TypeError) as error:
-        _step_aside("freeing a compressed weight", error)
+        _step_aside("freeing compressed weights", error)
+        return False
+    return True
 
 
 @contextlib.contextmanager

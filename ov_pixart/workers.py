@@ -49,8 +49,9 @@ class Workers:
         Calling a class makes the object whose methods later calls name as strings. Raises
         WorkerError if the call fails or the process dies.
         """
+        request = pickle.dumps((worker, (function, args, kwargs)))  # whole, or nothing is sent
         try:
-            pickle.dump((worker, (function, args, kwargs)), self._server.stdin)
+            self._server.stdin.write(request)
             self._server.stdin.flush()
             answer = pickle.load(self._server.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
@@ -87,7 +88,7 @@ def call_in_process(function: Callable, *args: Any, **kwargs: Any) -> Any:
 # ---- the other side -----------------------------------------------------------------------------
 
 
-def _serve_requests() -> None:
+def serve_requests() -> None:
     """Pass requests from stdin to worker processes and their answers to stdout, until stdin ends.
 
     On Linux workers are forked from here, and share the half gigabyte of libraries that the first
@@ -98,14 +99,17 @@ def _serve_requests() -> None:
     os.dup2(nowhere, 1)  # or a library's print would end up among the answers
     requests = os.fdopen(os.dup(0), "rb")
     os.dup2(nowhere, 0)
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    forks = sys.platform == "linux"
+    context = multiprocessing.get_context("fork" if forks else "spawn")
     workers: dict[str, tuple[Any, Connection]] = {}
     with contextlib.suppress(EOFError):
         while True:
             name, task = pickle.load(requests)
             if name not in workers and task is not None:
                 near, far = context.Pipe()
-                process = context.Process(target=_work, args=(far,), daemon=True)
+                others = (connection for _, connection in workers.values())
+                inherited = (requests, answers, near, *others) if forks else ()
+                process = context.Process(target=_work, args=(far, *inherited), daemon=True)
                 process.start()
                 far.close()
                 workers[name] = process, near
@@ -128,8 +132,13 @@ def _ask(process: Any, connection: Connection, task: Any) -> Any:
     return answer
 
 
-def _work(connection: Connection) -> None:
-    """Do tasks until None comes. Failures are returned as one line."""
+def _work(connection: Connection, *inherited: Any) -> None:
+    """Do tasks until None comes, or the server ends. Failures are returned as one line.
+
+    `inherited`: the server's pipes, which would seem alive as long as a fork holds them open.
+    """
+    for pipe in inherited:
+        pipe.close()
     subject = None
     with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         while (task := connection.recv()) is not None:
@@ -149,4 +158,7 @@ def _work(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    _serve_requests()
+    # this module once more, by its name: the caller could not unpickle a class of `__main__`
+    from ov_pixart.workers import serve_requests
+
+    serve_requests()

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 import ov_pixart_helper as helper
 from tests.support.checkpoints import build_checkpoint
+from tests.support.optimized import DATA
 from tests.support.parity import load_exact
 
 
@@ -53,3 +54,16 @@ def ov_pipeline(converted) -> Callable[..., helper.OVDiffusionPipeline]:
 def fresh_pipeline(converted) -> Callable[..., helper.OVDiffusionPipeline]:
     """`fresh_pipeline(family, **options)`: one that the test has to itself."""
     return lambda family, **options: load_exact(converted(family), **options)
+
+
+@pytest.fixture(scope="session")
+def fp16(tmp_path_factory, checkpoint) -> Path:
+    """A random α pipeline with weights in fp16, the source of every preset."""
+    return helper.convert_pipeline(checkpoint("alpha"), tmp_path_factory.mktemp("ov") / "fp16")
+
+
+@pytest.fixture(scope="session")
+def optimized(fp16) -> Callable[[str], Path]:
+    """`optimized(preset)`: its folder, made once, beside `fp16`."""
+    root = fp16.parent
+    return cache(lambda preset: helper.optimize_pipeline(fp16, root / preset, preset, **DATA))

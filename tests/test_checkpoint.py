@@ -2,6 +2,7 @@
 
 import json
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +11,11 @@ from diffusers import AutoencoderKL, LCMScheduler, PixArtAlphaPipeline
 from safetensors import safe_open
 from transformers import T5Tokenizer
 
-from assets.training import evaluate, oracle, scenes
-from assets.training.train import (
-    CHECKPOINT,
-    LCM_CHECKPOINT,
-    LCM_TIMESTEPS,
-    encode,
-    to_tensor,
-    vae_psnr,
-)
-from ov_pixart_helper import OVPixArtAlphaPipeline, convert_pipeline, default_settings
+from ov_pixart_helper import convert_pipeline, default_settings, image_sizes, load_pipeline
+from pixart_tiny import evaluate, oracle, render, scenes
+
+CHECKPOINT = evaluate.CHECKPOINT
+FEW_STEP_CHECKPOINT = Path("assets/pixart-tiny-lcm")
 
 torch.set_grad_enabled(False)
 
@@ -31,7 +27,7 @@ def vae():
 
 @pytest.fixture(scope="module")
 def in_openvino(tmp_path_factory):
-    """`in_openvino(checkpoint)`: it as an OpenVINO folder; the twin borrows what it lacks."""
+    """`in_openvino(checkpoint)`: it as an OpenVINO folder; the few-step model borrows the rest."""
 
     @cache
     def convert(checkpoint):
@@ -44,7 +40,7 @@ def in_openvino(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("checkpoint", "models", "megabytes"), [(CHECKPOINT, 3, 40), (LCM_CHECKPOINT, 1, 20)]
+    ("checkpoint", "models", "megabytes"), [(CHECKPOINT, 3, 40), (FEW_STEP_CHECKPOINT, 1, 20)]
 )
 def test_it_is_small_and_in_half_precision_safetensors(checkpoint, models, megabytes):
     weights = list(checkpoint.rglob("*.safetensors"))
@@ -56,20 +52,21 @@ def test_it_is_small_and_in_half_precision_safetensors(checkpoint, models, megab
     assert not [f for f in checkpoint.rglob("*") if f.suffix in {".bin", ".pt", ".pkl", ".py"}]
 
 
-def test_the_twin_stops_where_its_training_did():
-    scheduler = LCMScheduler.from_pretrained(LCM_CHECKPOINT / "scheduler")
+def test_the_few_step_model_stops_at_the_timesteps_of_its_training():
+    scheduler = LCMScheduler.from_pretrained(FEW_STEP_CHECKPOINT / "scheduler")
     scheduler.set_timesteps(4)
-    assert tuple(scheduler.timesteps.tolist()) == LCM_TIMESTEPS
+    assert scheduler.timesteps.tolist() == [999, 759, 499, 259]
 
 
-@pytest.mark.parametrize(("checkpoint", "floor"), [(CHECKPOINT, 0.8), (LCM_CHECKPOINT, 0.6)])
-def test_it_paints_what_held_out_captions_ask_for(checkpoint, floor, in_openvino):
+@pytest.mark.slow
+@pytest.mark.parametrize(("checkpoint", "floor"), [(CHECKPOINT, 0.8), (FEW_STEP_CHECKPOINT, 0.6)])
+def test_it_generates_what_held_out_captions_ask_for(checkpoint, floor, in_openvino):
     """The list's first 24 captions; the floor leaves room for other machines' roundings."""
     settings = default_settings(in_openvino(checkpoint))
-    pipeline = OVPixArtAlphaPipeline.from_pretrained(in_openvino(checkpoint))
+    pipeline = load_pipeline(in_openvino(checkpoint))
     pipeline.set_progress_bar_config(disable=True)
     rows = evaluate.read_captions()[:24]
-    pictures = evaluate.generate(
+    images = evaluate.generate(
         pipeline,
         rows,
         height=256,
@@ -77,7 +74,7 @@ def test_it_paints_what_held_out_captions_ask_for(checkpoint, floor, in_openvino
         steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,
     )
-    scores = [oracle.score_caption(p, c) for p, (c, _) in zip(pictures, rows, strict=True)]
+    scores = [oracle.score_caption(i, c) for i, (c, _) in zip(images, rows, strict=True)]
     assert np.mean([score.right for score in scores]) >= floor
     for attribute in ("count", "colour", "background"):
         assert np.mean([score.attributes.get(attribute, True) for score in scores]) >= 0.9
@@ -101,34 +98,36 @@ def test_its_tokenizer_reads_from_spiece_model_alone(tmp_path):
     assert 2 not in whole(caption).input_ids  # 2 is <unk>
 
 
+@pytest.mark.slow
 def test_the_vae_reconstructs_at_30_db_or_better(vae):
-    assert vae_psnr(vae, count=32) >= 30
+    assert evaluate.vae_psnr(vae, count=8) >= 30
 
 
+@pytest.mark.slow
 def test_the_oracle_finds_vae_reconstructions_right(vae):
     rng = np.random.default_rng(4)
-    shapes, wrong, count = list(evaluate.SHAPES.values()), 0, 1000
+    sizes, wrong, count = list(image_sizes(CHECKPOINT).values()), 0, 200
     for i in range(0, count, 10):
         drawn = [scenes.sample_scene(rng) for _ in range(10)]
-        height, width = shapes[i // 10 % len(shapes)]
-        pictures = to_tensor([scenes.render(s, height, width, rng) for s in drawn])
-        output = vae.decode(encode(vae, pictures)).sample.clamp(-1, 1)
-        arrays = ((output + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        size = sizes[i // 10 % len(sizes)]
+        images = evaluate.reconstruct(vae, [render.render_scene(s, *size, rng) for s in drawn])
         wrong += sum(
-            not oracle.score_caption(a, s).right for a, s in zip(arrays, drawn, strict=True)
+            not oracle.score_caption(image, scene).right
+            for image, scene in zip(images, drawn, strict=True)
         )
         assert wrong <= 0.01 * count
 
 
-def test_a_prompt_becomes_a_picture_that_depends_on_it():
+@pytest.mark.slow
+def test_a_prompt_becomes_an_image_that_depends_on_it():
     pipeline = PixArtAlphaPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
 
-    def paint(prompt):
+    def background(prompt):
         generator = torch.Generator().manual_seed(0)
-        picture = pipeline(prompt, num_inference_steps=8, generator=generator).images[0]
-        assert picture.size == (256, 256)
-        return oracle.read_picture(picture)
+        image = pipeline(prompt, num_inference_steps=8, generator=generator).images[0]
+        assert image.size == (256, 256)
+        return oracle.read_picture(image).background
 
-    assert paint("a large red heart on a white background").background == "white"
-    assert paint("a large red heart on a black background").background == "black"
+    assert background("a large red heart on a white background") == "white"
+    assert background("a large red heart on a black background") == "black"

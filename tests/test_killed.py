@@ -1,25 +1,27 @@
 """The power goes: whenever conversion or optimisation dies, nothing finished is lost.
 
-A warm process has the helper imported and forks a child for each run, which is killed by SIGKILL:
-at random moments, and just before one of the calls that change what is on the disk.
+A warm process has the package imported and forks a child for each run, which is killed by SIGKILL
+just before one of the operations that change what is on the disk.
 """
 
-import itertools
 import json
-import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-import ov_pixart_helper as helper
+from ov_pixart.checkpoint import COMPONENTS, check_openvino_folder, read_model_index
+from ov_pixart.storage import RECORDS
+from tests.support.refused import refused
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks a process with threads")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="forks a process with threads"),
+]
+KILLS = 6  # spread over a whole run
 
 # Reads jobs, one a line, forks a child for each and answers with its id; "wait" waits for one.
 SERVER = """
@@ -65,7 +67,7 @@ class Runner:
             [sys.executable, "-c", SERVER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            cwd=Path(helper.__file__).parent,
+            cwd=Path(__file__).parents[1],
             text=True,
             bufsize=1,
         )
@@ -93,57 +95,46 @@ def runner():
     runner.server.wait()
 
 
-def finished_models(folder: Path) -> dict[str, tuple[int, int]]:
-    """Model → inode and time of its weights, for those whose graph is in place."""
+def finished_components(folder: Path) -> dict[str, tuple[int, int]]:
+    """Component → inode and time of its weights, for those that are in place."""
     found = {}
-    for name in helper.PARTS:
-        if (folder / name / "openvino_model.xml").is_file():
+    for name in COMPONENTS:
+        if (folder / name).is_dir():
+            assert (folder / name / "openvino_model.xml").is_file()  # whole, or not there
             status = (folder / name / "openvino_model.bin").stat()
             found[name] = (status.st_ino, status.st_mtime_ns)
     return found
 
 
-def loads_or_says_how_to_finish(folder: Path, call: str) -> None:
+def loads_or_names_the_call_that_finishes(folder: Path, call: str) -> None:
     if not folder.is_dir() or not any(folder.iterdir()):
         return  # killed before there was anything
     if (folder / "model_index.json").is_file():
-        helper.OVPixArtAlphaPipeline.from_pretrained(folder, compile=False)
+        check_openvino_folder(folder)
         return
-    with pytest.raises(FileNotFoundError, match="unfinished") as caught:
-        helper.OVPixArtAlphaPipeline.from_pretrained(folder)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert f"{call}(" in message or not (folder / ".unfinished").is_file()
-    assert str(folder) in message
+    call = call if finished_components(folder) else ""
+    with refused(FileNotFoundError, "unfinished", f"{call}(", str(folder)):
+        read_model_index(folder)
 
 
-def drill(runner, call, source, reference, root, *, seed, options):
-    """Kill a call several times in the same folder, let it finish, and look what was kept."""
-    chance = random.Random(seed)
-    start = time.monotonic()
+def drill(runner, call, source, reference, root, options) -> None:
+    """Kill a call at operations all over a run, twice in a folder; then let it finish."""
     operations = runner.wait(runner.start(call, source, reference, **options)) - 100
-    duration = time.monotonic() - start
     assert operations > 20
-    kills = 0
-    for attempt in itertools.count():
-        folder = root / f"{call}-{attempt}"
-        for by_time in (True, False, False):
-            before = finished_models(folder) if folder.is_dir() else {}
-            at = None if by_time else chance.randrange(operations)
-            child = runner.start(call, source, folder, die_before=at, **options)
-            if by_time:
-                time.sleep(chance.uniform(0, duration))
-                os.kill(child, signal.SIGKILL)
-            kills += runner.wait(child) == -signal.SIGKILL
-            loads_or_says_how_to_finish(folder, call)
-            after = finished_models(folder)
-            assert before.items() <= after.items()  # what was finished stays as it is
+    for number in range(KILLS):
+        at = number * operations // KILLS
+        folder = root / f"{call}-{at}"
+        finished = {}
+        for die_before in (at, at // 2):
+            child = runner.start(call, source, folder, die_before=die_before, **options)
+            assert runner.wait(child) in (-signal.SIGKILL, 0)  # 0: little was left to do
+            loads_or_names_the_call_that_finishes(folder, call)
+            before, finished = finished, finished_components(folder)
+            assert before.items() <= finished.items()  # what was finished stays as it is
         assert runner.wait(runner.start(call, source, folder, **options)) >= 100
-        assert after.items() <= finished_models(folder).items()
+        assert finished.items() <= finished_components(folder).items()
         assert_same_folders(folder, reference)
         shutil.rmtree(folder)
-        if kills >= 11:
-            return
 
 
 def assert_same_folders(folder: Path, reference: Path) -> None:
@@ -152,37 +143,22 @@ def assert_same_folders(folder: Path, reference: Path) -> None:
     assert names[0] == names[1]
     for name in names[0]:
         if name.suffix in (".bin", ".json"):
-            if name.name in ("conversion.json", "optimization.json"):
+            if name.name in RECORDS:
                 continue
             assert (folder / name).read_bytes() == (reference / name).read_bytes(), name
-    helper.OVPixArtAlphaPipeline.from_pretrained(folder, compile=False)
+    check_openvino_folder(folder)
 
 
 def test_a_conversion_that_is_killed_goes_on_where_it_was(runner, checkpoint, tmp_path):
-    drill(
-        runner,
-        "convert_pipeline",
-        checkpoint("alpha"),
-        tmp_path / "reference",
-        tmp_path,
-        seed=1,
-        options={"weight_format": "fp32"},
-    )
+    options = {"weight_format": "fp32"}
+    source, reference = checkpoint("alpha"), tmp_path / "reference"
+    drill(runner, "convert_pipeline", source, reference, tmp_path, options)
 
 
-def test_an_optimisation_that_is_killed_goes_on_where_it_was(
-    runner, converted, tmp_path, tmp_path_factory
-):
-    drill(
-        runner,
-        "optimize_pipeline",
-        converted("alpha"),
-        # elsewhere: models of a neighbouring folder would be copied
-        tmp_path_factory.mktemp("reference") / "int8-weights",
-        tmp_path,
-        seed=2,
-        options={"preset": "int8-weights", "progress": False},
-    )
+def test_an_optimisation_that_is_killed_goes_on_where_it_was(runner, converted, tmp_path):
+    options = {"preset": "int8-weights", "progress": False}
+    source, reference = converted("alpha"), tmp_path / "reference"
+    drill(runner, "optimize_pipeline", source, reference, tmp_path, options)
 
 
 def test_two_processes_convert_into_the_same_folder_one_after_the_other(
@@ -195,5 +171,5 @@ def test_two_processes_convert_into_the_same_folder_one_after_the_other(
     operations = sorted(runner.wait(child) - 100 for child in children)
     assert operations[0] > 0
     assert operations[0] < operations[1] / 2  # the second found everything done
-    helper.OVPixArtAlphaPipeline.from_pretrained(folder, compile=False)
+    check_openvino_folder(folder)
     assert not list(folder.rglob(".partial-*"))

@@ -1,6 +1,6 @@
-"""Every PixArt, every scheduler, every argument: what torch draws, OpenVINO draws.
+"""Every PixArt, every scheduler, every argument: OpenVINO generates what torch generates.
 
-Hypothesis chooses combinations, always the same ones: what fails here fails everywhere.
+Hypothesis chooses combinations, always the same ones: what fails on one machine fails on all.
 """
 
 import diffusers
@@ -8,7 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_pipeline import assert_same, draw
+
+from tests.support.parity import assert_same, generate
+
+pytestmark = pytest.mark.slow
 
 FAMILIES = [
     *("alpha", "alpha-512", "alpha-ms", "lcm-ms", "dmd"),
@@ -23,7 +26,7 @@ SCHEDULERS = {  # name → what its set_timesteps takes, beyond a number of step
     "SASolverScheduler": [],
     "LCMScheduler": ["timesteps"],
 }
-# Its word for what DPM-Solver++ calls "dpmsolver++", under the same name.
+# SASolver's name for the algorithm that DPM-Solver++ calls "dpmsolver++".
 CONFIGS = {"SASolverScheduler": {"algorithm_type": "data_prediction"}}
 CUSTOM = {"timesteps": [901, 500, 120], "sigmas": [14.6, 3.0, 0.5]}
 
@@ -39,8 +42,8 @@ CALLS = st.fixed_dictionaries(
         "negative": st.sampled_from(["", "a hill"]),
         "embeddings": st.booleans(),
         "latents": st.booleans(),
-        "generators": st.booleans(),  # one a picture
-        "pictures": st.integers(1, 2),
+        "generators": st.booleans(),  # one per image
+        "images": st.integers(1, 2),
         "callback": st.booleans(),
         "clean_caption": st.booleans(),
         "output_type": st.sampled_from(["np", "np", "latent"]),
@@ -49,15 +52,15 @@ CALLS = st.fixed_dictionaries(
 
 
 def arguments(pipeline, choice, seen: list) -> dict:
-    """A call with the choices made; noise anew for each pipeline, from the same seeds."""
-    count = len(choice["prompts"]) * choice["pictures"]
+    """The call that was chosen; each pipeline gets generators of its own, with the same seeds."""
+    count = len(choice["prompts"]) * choice["images"]
     height, width = choice["size"]
     call = {
         "height": height,
         "width": width,
         "num_inference_steps": choice["steps"],
         "guidance_scale": choice["guidance"],
-        "num_images_per_prompt": choice["pictures"],
+        "num_images_per_prompt": choice["images"],
         "clean_caption": choice["clean_caption"],
         "output_type": choice["output_type"],
         "prompt": choice["prompts"],
@@ -91,13 +94,13 @@ def embeddings(pipeline, choice) -> dict:
     )
     call = dict(zip(names, given, strict=True))
     call["prompt_attention_mask"] = call["prompt_attention_mask"].clone()
-    call["prompt_attention_mask"][:, 5:] = 0  # a mask of one's own
+    call["prompt_attention_mask"][:, 5:] = 0  # a mask that no tokenizer made
     return {**call, "prompt": None, "negative_prompt": None}
 
 
 def compare(choice, ov_pipeline, torch_pipeline) -> None:
-    """The same call to both, with the scheduler of choice."""
-    family, pictures, steps = choice["family"], [], []
+    """The same call to both, with the chosen scheduler."""
+    family, images, steps = choice["family"], [], []
     for shared in (ov_pipeline(family), torch_pipeline(family)):
         original, seen = shared.scheduler, []
         if choice["scheduler"]:
@@ -105,11 +108,11 @@ def compare(choice, ov_pipeline, torch_pipeline) -> None:
             config = CONFIGS.get(choice["scheduler"], {})
             shared.scheduler = kind.from_config(original.config, **config)
         try:
-            pictures.append(draw(shared, **arguments(shared, choice, seen)))
+            images.append(generate(shared, **arguments(shared, choice, seen)))
         finally:
             shared.scheduler = original
         steps.append(seen)
-    assert_same(*pictures, tolerance=2e-4)
+    assert_same(*images, tolerance=2e-4)
     assert steps[0] == steps[1]
     assert bool(steps[0]) == choice["callback"]
 
@@ -117,8 +120,8 @@ def compare(choice, ov_pipeline, torch_pipeline) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("scheduler", [None, *SCHEDULERS])
 @pytest.mark.filterwarnings("ignore")  # of diffusers', on unusual timesteps
-def test_every_family_draws_with_every_scheduler(family, scheduler, ov_pipeline, torch_pipeline):
-    """As everyone calls: two prompts, two steps, guidance."""
+def test_every_family_works_with_every_scheduler(family, scheduler, ov_pipeline, torch_pipeline):
+    """A usual call: two prompts, two steps, guidance."""
     switches = ("embeddings", "latents", "generators", "callback", "clean_caption")
     call = {
         "custom": None,
@@ -127,7 +130,7 @@ def test_every_family_draws_with_every_scheduler(family, scheduler, ov_pipeline,
         "guidance": 4.5,
         "prompts": ["a small red circle", "a blue star"],
         "negative": "",
-        "pictures": 1,
+        "images": 1,
         "output_type": "np",
     }
     choice = {**dict.fromkeys(switches, False), **call, "family": family, "scheduler": scheduler}
@@ -143,5 +146,5 @@ def test_every_family_draws_with_every_scheduler(family, scheduler, ov_pipeline,
 )
 @given(choice=CALLS)
 @pytest.mark.filterwarnings("ignore")
-def test_openvino_draws_what_torch_draws_whatever_is_asked(choice, ov_pipeline, torch_pipeline):
+def test_any_call_generates_what_torch_generates(choice, ov_pipeline, torch_pipeline):
     compare(choice, ov_pipeline, torch_pipeline)

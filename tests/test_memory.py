@@ -1,26 +1,29 @@
-"""What conversion takes of memory and disk, scaled down; `python -m tests.benchmarks.memory` has
-the full size."""
+"""What conversion takes of memory and disk, scaled down; `python -m benchmarks memory` has the
+full size."""
 
 import re
 import shutil
 import sys
-import weakref
 from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
 from transformers import T5Config, T5EncoderModel
 
 import ov_pixart_helper as helper
-from tests.benchmarks import memory
-from tests.benchmarks.workers import WorkerError, call_in_process
+from ov_pixart import convert
+from ov_pixart.checkpoint import COMPONENTS, load_component
+from ov_pixart.cost import conversion_cost
+from ov_pixart.workers import WorkerError, call_in_process
+from tests.support.refused import refused
 
-MEGABYTE = 1_000_000
-linux_only = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="only Linux limits a process's data"
-)
+PROCESS = 100_000_000  # bytes that libraries take whatever a model's size is
+
+
+# ---- memory while converting --------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +57,30 @@ def models(tmp_path_factory) -> Path:
     return root
 
 
+def convert_one(folder: Path, name: str, weight_format: str, output: Path) -> None:
+    module = load_component(folder / name, COMPONENTS[name].loader)
+    convert.convert_component(name, module, output, weight_format)
+
+
 def convert_within(
     limit: float, folder: Path, name: str, weight_format: str, tiny: Path, output: Path
 ) -> None:
     """Convert with at most `limit` bytes more than this process has after a tiny conversion.
 
-    Mapped weight files are no data, but the limit counts them: they come on top.
+    The limit counts mapped weight files as data, which they are not: they come on top.
     """
     import resource  # not on Windows
 
-    memory.convert_one(tiny, name, weight_format, output)
+    convert_one(tiny, name, weight_format, output)
     status = Path("/proc/self/status").read_text()
     in_use = 1024 * int(re.search(r"VmData:\s+(\d+) kB", status)[1])
     mapped = sum(file.stat().st_size for file in (folder / name).glob("*.safetensors"))
     resource.setrlimit(resource.RLIMIT_DATA, (in_use + mapped + int(limit),) * 2)
-    memory.convert_one(folder, name, weight_format, output)
+    convert_one(folder, name, weight_format, output)
 
 
-@linux_only
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's data")
 @pytest.mark.parametrize(
     ("stored", "name", "weight_format"),
     [
@@ -83,76 +92,64 @@ def convert_within(
 def test_conversion_runs_within_the_memory_that_it_announces(
     models, checkpoint, tmp_path, stored, name, weight_format
 ):
-    announced = helper._cost(models / stored / name, weight_format).free
+    announced = conversion_cost(models / stored / name, weight_format).free
     rest = (models / stored, name, weight_format, checkpoint("alpha-ms"), tmp_path / "out")
-    call_in_process(convert_within, announced + 40 * MEGABYTE, *rest)
+    call_in_process(convert_within, announced + PROCESS, *rest)
+    assert (tmp_path / "out" / "openvino_model.xml").is_file()
     with pytest.raises(WorkerError):  # the limit is one
         call_in_process(convert_within, 0.4 * announced, *rest)
 
 
-def test_conversion_leaves_the_module_as_it_was(models, tmp_path):
-    encoder = helper._load_part(models / "float32" / "text_encoder", T5EncoderModel)
-    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
-    helper.convert_text_encoder(encoder, tmp_path / "out", weight_format="fp16")
-    after = encoder.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
-
-
-def test_weights_beyond_float16_stay_finite(tmp_path):
-    encoder = helper.T5EncoderModel(
-        T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4)
-    )
-    with torch.no_grad():
-        encoder.encoder.block[0].layer[0].SelfAttention.q.weight[0, 0] = 1e5
-    helper.convert_text_encoder(encoder, tmp_path, weight_format="fp16")
-    model = helper.ov.Core().read_model(tmp_path / helper.IR_NAME)
-    constants = [node.data for node in model.get_ops() if node.get_type_name() == "Constant"]
-    floats = [data for data in constants if data.dtype.kind == "f"]
-    assert max(float(abs(data).max()) for data in floats if data.size) < 1e6
-
+# ---- room is checked before anything is done ----------------------------------------------------
 
 Usage = namedtuple("Usage", "total used free")
 Memory = namedtuple("Memory", "available")
 
 
-@pytest.mark.parametrize("resource", ["memory", "disk"])
-def test_too_little_is_said_before_anything_is_written(checkpoint, tmp_path, monkeypatch, resource):
-    if resource == "memory":
-        monkeypatch.setattr(helper.psutil, "virtual_memory", lambda: Memory(1000))
-        expected = pytest.raises(MemoryError, match=r"text_encoder takes .* GB .* are free: close")
-    else:
-        monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9, 1000))
-        expected = pytest.raises(OSError, match=r"needs .* GB of disk, and 0\.0 GB are free: make")
-    with expected:
+@pytest.fixture
+def finished(converted, tmp_path) -> Path:
+    """A converted folder, while there is room."""
+    return shutil.copytree(converted("alpha"), tmp_path / "ov")
+
+
+@pytest.fixture
+def little_memory(monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(1000))
+
+
+@pytest.fixture
+def little_disk(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9, 1000))
+
+
+def test_too_little_memory_is_reported_before_anything_is_written(
+    checkpoint, tmp_path, little_memory
+):
+    with refused(MemoryError, "text_encoder takes", "GB are free: close other programs"):
         helper.convert_pipeline(checkpoint("alpha"), tmp_path / "new" / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_already_needs_no_room(checkpoint, tmp_path, monkeypatch):
-    folder = helper.convert_pipeline(checkpoint("alpha"), tmp_path)
-    monkeypatch.setattr(helper.psutil, "virtual_memory", lambda: Memory(1000))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(10**9, 10**9, 1000))
-    assert helper.convert_pipeline(checkpoint("alpha"), tmp_path) == folder
+def test_too_little_disk_is_reported_before_anything_is_written(checkpoint, tmp_path, little_disk):
+    with refused(OSError, "GB of disk, and 0.0 GB are free: make room"):
+        helper.convert_pipeline(checkpoint("alpha"), tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())
 
 
-def test_the_bar_names_the_model_what_it_takes_and_what_is_done(checkpoint, tmp_path, monkeypatch):
-    said = []
+def test_finished_components_need_no_room(finished, checkpoint, little_memory, little_disk):
+    source = checkpoint("alpha")
+    assert helper.convert_pipeline(source, finished, weight_format="fp32") == finished
+
+
+@pytest.mark.slow
+def test_the_bar_names_the_component_its_memory_and_its_stages(checkpoint, tmp_path, monkeypatch):
+    texts = []
     monkeypatch.setattr(
-        helper.tqdm, "set_description", lambda bar, text, refresh=True: said.append(text)
+        convert.tqdm, "set_description", lambda bar, text, refresh=True: texts.append(text)
     )
     helper.convert_pipeline(checkpoint("alpha"), tmp_path, weight_format="int8")
-    for name in helper.PARTS:
+    for name in COMPONENTS:
         pattern = rf"Converting {name}, 0\.\d GB of memory: (\w+).*"
-        steps = [match[1] for text in said if (match := re.fullmatch(pattern, text))]
-        assert list(dict.fromkeys(steps)) == ["loading", "tracing", "compressing", "writing"]
-    assert said[-1] == "Converted"
-
-
-def test_a_released_text_encoder_is_held_by_nothing(fresh_pipeline):
-    pipeline = fresh_pipeline("alpha")
-    pipeline.encode_prompt("a red circle", do_classifier_free_guidance=False)
-    compiled = weakref.ref(pipeline.text_encoder.request)
-    assert compiled() is not None
-    pipeline.release_text_encoder()
-    assert compiled() is None
+        stages = [match[1] for text in texts if (match := re.fullmatch(pattern, text))]
+        assert list(dict.fromkeys(stages)) == ["loading", "tracing", "compressing", "writing"]
+    assert texts[-1] == "Converted"

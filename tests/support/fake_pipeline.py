@@ -1,14 +1,14 @@
 """A stand-in for a converted PixArt pipeline: the same call, a thousand times faster.
 
-It denoises nothing: latents walk from seeded noise to a flat colour that the prompt's hash picks,
-at a pace the test sets. What the demo relies on is real: `__call__`'s arguments, the callback, the
-scheduler's attributes, the tokenizer, the VAE's `decode`, PIL pictures at the end.
+It denoises nothing: latents walk from seeded noise to a flat colour that the prompt's hash picks.
+The demo relies on real parts: `__call__`'s arguments, the callback, the scheduler's attributes,
+the tokenizer, the VAE's `decode`, PIL images at the end. Tests decide how far a run may go: `PACE`.
 """
 
 from __future__ import annotations
 
 import json
-import time
+import threading
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,20 +23,54 @@ RGB = torch.tensor(  # (4, 3): what the stand-in's "VAE" makes of its four laten
 )
 
 
-class FakeTokenizer:
-    """One token a word, one more at the end; words of other alphabets are unknown to it."""
+class Pace:
+    """Counts the steps that all stand-ins take, and holds them where a test wants to look."""
 
-    unk_token_id = 999
+    def __init__(self) -> None:
+        self.taken = 0
+        self._allowed = float("inf")
+        self._changed = threading.Condition()
+
+    def hold_after(self, steps: float) -> None:
+        """Let `steps` more steps happen; the next one waits."""
+        with self._changed:
+            self._allowed = self.taken + steps
+            self._changed.notify_all()
+
+    def go_on(self) -> None:
+        self.hold_after(float("inf"))
+
+    def step(self) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.taken < self._allowed, timeout=120):
+                raise TimeoutError("A test holds this run and never lets it go on.")
+            self.taken += 1
+
+
+PACE = Pace()
+
+
+class FakeTokenizer:
+    """One token per word, one more at the end; words of other alphabets are unknown to it."""
+
+    unk_token_id = 0
+    eos = 1
+
+    def __init__(self) -> None:
+        self.words = ["<unk>", ""]
 
     def __call__(self, text: str, truncation: bool = False, max_length: int = 0) -> Any:
-        ids = [1 + len(w) if w.isascii() else self.unk_token_id for w in text.split()] + [0]
-        return SimpleNamespace(input_ids=ids[:max_length] if truncation else ids)
+        self.words += [w for w in dict.fromkeys(text.split()) if w not in self.words]
+        ids = [self.words.index(w) if w.isascii() else self.unk_token_id for w in text.split()]
+        return SimpleNamespace(input_ids=[*ids[: max_length - 1], self.eos])
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return " ".join(self.words[i] for i in ids)
 
 
 class FakePipeline:
-    """Paints a colour field; `step_seconds` sets its pace, `fail_on` a prompt it breaks on."""
+    """Generates a colour field; breaks on the prompt `fail_on`."""
 
-    step_seconds = 0.0
     fail_on = "please fail"
 
     def __init__(self, folder: Path) -> None:
@@ -47,14 +81,13 @@ class FakePipeline:
             model_outputs=[None, None], config=SimpleNamespace(algorithm_type="dpmsolver++")
         )
 
+    def set_progress_bar_config(self, **_: Any) -> None:
+        pass
+
     @staticmethod
     def decode(latents: torch.Tensor, return_dict: bool = True) -> tuple[torch.Tensor]:
         colours = torch.einsum("bchw,cr->brhw", latents, RGB)
         return (torch.nn.functional.interpolate(colours, scale_factor=8),)
-
-    @staticmethod
-    def _text_preprocessing(text: str, clean_caption: bool = False) -> list[str]:
-        return [text.lower().strip()]
 
     def __call__(
         self,
@@ -73,10 +106,10 @@ class FakePipeline:
             raise RuntimeError("the device is on fire")
         shape = (4, height // 8, width // 8)
         noise = torch.stack([torch.randn(shape, generator=g) for g in generator])
-        paint = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
-        target = torch.randn((1, 4, 1, 1), generator=paint).expand_as(noise)
+        colour = torch.Generator().manual_seed(zlib.crc32(prompt.encode()))
+        target = torch.randn((1, 4, 1, 1), generator=colour).expand_as(noise)
         for i in range(num_inference_steps):
-            time.sleep(self.step_seconds)
+            PACE.step()
             remaining = 1 - (i + 1) / num_inference_steps
             latents = target + remaining * noise
             self.scheduler.model_outputs[-1] = latents

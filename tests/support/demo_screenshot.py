@@ -1,4 +1,4 @@
-"""Takes the README's picture of the demo: `python -m tests.demo_screenshot [--models FOLDER]`.
+"""Takes README's image of the demo: `python -m tests.support.demo_screenshot [--models FOLDER]`.
 
 To be run again whenever the page or the embedded checkpoint has changed.
 """
@@ -13,9 +13,11 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-import gradio_helper as gh
+from gradio_helper import launch_demo, make_demo
+from ov_pixart.demo.serve import converted
+from ov_pixart.demo.settings import SCENE_EXAMPLES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
 
@@ -24,29 +26,30 @@ def main() -> None:
     parser.add_argument("--models", default=ROOT / "models", type=Path)
     parser.add_argument("--output", default=ROOT / "assets" / "images" / "demo.png", type=Path)
     options = parser.parse_args()
-    demo = gh.make_demo(gh._converted(str(ROOT / "assets" / "pixart-tiny"), options.models))
-    gh.launch_demo(demo)
+    demo = make_demo(converted(str(ROOT / "assets" / "pixart-tiny"), options.models))
+    launch_demo(demo)
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with Image.open(io.BytesIO(photograph(demo.local_url))) as picture:
-        picture.convert("RGB").save(options.output, optimize=True)
+    with Image.open(io.BytesIO(photograph(demo.local_url))) as image:
+        image.convert("RGB").save(options.output, optimize=True)
     demo.close()
 
 
 def photograph(address: str) -> bytes:
-    """Paints every example once, on the first seed, and shows the page with the second one."""
+    """Generate every example once, on the first seed, and show the page with the second one."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1240, "height": 900})
+        page = browser.new_page(viewport={"width": 1240, "height": 980})
         page.set_default_timeout(300_000)
         expect.set_options(timeout=300_000)
         page.goto(address)
-        names = list(gh.SCENE_EXAMPLES)
+        names = list(SCENE_EXAMPLES)
         for count, name in enumerate([*names[2:], names[0], names[1]], start=1):
             page.get_by_role("button", name=name).click()
             page.locator("#generate").click()
-            expect(page.locator("#history button")).to_have_count(count)
+            expect(page.locator("#history .thumbnail-item")).to_have_count(count)
+            expect(page.locator("#generate")).to_be_enabled()
         page.mouse.move(5, 5)
-        page.wait_for_timeout(500)
+        page.add_style_tag(content="* { transition: none !important; }")
         taken = page.screenshot()
         browser.close()
     return taken

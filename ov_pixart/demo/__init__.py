@@ -1,0 +1,1 @@
+"""The demo: `settings` (what can be asked for), `studio` (how it is generated), `page`, `serve`."""
