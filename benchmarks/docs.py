@@ -81,12 +81,11 @@ def settings_table() -> str:
 
 
 def memory_table() -> str:
-    """The smallest limit that each task runs within, with the seconds that it takes there."""
+    """The smallest limit that each task runs within, and the largest that it failed within."""
     report = read_json(REPORTS / "memory.json")
     rows = []
     for line in report["results"]:
         announced, failed = line["announced_gb"], line["failed_gb"]
-        seconds = [f"{name} {value:.0f} s" for name, value in line["seconds"].items()]
         rows.append(
             [
                 line["case"],
@@ -94,10 +93,9 @@ def memory_table() -> str:
                 f"{failed:.1f} GB" if failed else "–",
                 f"{announced:.1f} GB" if announced else "–",
                 f"{line['peak_gb']:.1f} GB",
-                "; ".join(seconds).removeprefix("total "),
             ]
         )
-    titles = ["task", "runs within", "fails within", "announced", "reported peak", "time"]
+    titles = ["task", "runs within", "fails within", "announced", "reported peak"]
     return table(titles, rows)
 
 

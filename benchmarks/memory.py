@@ -95,7 +95,7 @@ def prepare(root: Path, name: str) -> MemoryTask:
         part = folder / COMPONENTS[component].folder
         arguments = {"folder": str(folder), "component": component, "weight_format": weight_format}
         arguments["output"] = str(root / "scratch")
-        announced = conversion_cost(part, weight_format).memory / 1e9
+        announced = round(conversion_cost(part, weight_format).memory / 1e9, 2)
         return MemoryTask(name, "convert", arguments, *bounds, [part], announced)
     if name in _IMAGES:
         pixels, options, *bounds = _IMAGES[name]

@@ -153,16 +153,11 @@ def test_results_of_another_machine_are_kept_apart(measured, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-def test_torch_compiles_and_images_are_timed_in_workers(tmp_path):
-    content = _miniature(tmp_path).run(
-        {CASE: ["torch-compile-bf16"], "image_512_4step": ["torch-bf16", "ov-fp16"]}
-    )
+def test_whole_images_are_timed_with_torch_and_openvino(tmp_path):
+    engines = ["torch-bf16", "ov-fp16"]
+    content = _miniature(tmp_path).run({"image_512_4step": engines})
     assert content["skipped"] == []
-    assert [one["engine"] for one in content["results"]] == [
-        "torch-compile-bf16",
-        "torch-bf16",
-        "ov-fp16",
-    ]
+    assert [one["engine"] for one in content["results"]] == engines
 
 
 @pytest.mark.slow
