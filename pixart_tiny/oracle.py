@@ -282,6 +282,7 @@ def _redraw(image: np.ndarray, reading: Reading | None) -> list[np.ndarray]:
     drawn = [
         (scenes.SceneObject(o.colour, o.shape, o.size), locate(image, o, reading.background))
         for o in reading.objects
+        if o.shape  # without a readable outline there is nothing to draw: it counts as a blotch
     ]
     images = []
     for ordered in (drawn, drawn[::-1])[: max(1, len(drawn))]:

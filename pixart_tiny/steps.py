@@ -9,8 +9,10 @@ to assets/bench/pixart-tiny-steps.json, which the notebook plots.
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 import ov_pixart_helper as ovp
-from pixart_tiny import evaluate
+from pixart_tiny import evaluate, oracle, scenes
 
 RESULT = Path("assets/bench/pixart-tiny-steps.json")
 GUIDED_STEPS = (4, 6, 8, 12, 16, 20)
@@ -21,6 +23,7 @@ def measure(guided: Path, few_step: Path, count: int) -> list[dict]:
     """One point per version and number of steps; a guided step takes two evaluations."""
     rows = evaluate.read_captions()[:count]
     captions = [caption for caption, _ in rows]
+    objects = [len(scenes.parse_caption(caption).objects) for caption in captions]
     points = []
     for version, folder, numbers, rows_per_step in (
         ("guided, DPM-Solver++", guided, GUIDED_STEPS, 2),
@@ -36,15 +39,19 @@ def measure(guided: Path, few_step: Path, count: int) -> list[dict]:
                 steps=steps,
                 guidance_scale=settings.guidance_scale,
             )
-            shares = evaluate.tally(images, captions)
+            scores = oracle.score_pictures(images, captions)
+            right = {
+                count: np.mean([s for s, n in zip(scores, objects, strict=True) if n == count])
+                for count in (1, 2)
+            }
             points.append(
                 {
                     "version": version,
                     "steps": steps,
                     "evaluations": steps * rows_per_step,
                     "captions": count,
-                    "one_object": round(shares["one object"]["right"], 1),
-                    "two_objects": round(shares["two objects"]["right"], 1),
+                    "one_object": round(100 * float(right[1]), 1),
+                    "two_objects": round(100 * float(right[2]), 1),
                 }
             )
             print(points[-1], flush=True)

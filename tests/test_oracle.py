@@ -180,3 +180,12 @@ def test_the_oracle_rejects_a_torn_shape():
     assert oracle.score_caption(image, scene).right
     image[:, 128:] = np.roll(image[:, 128:], 24, axis=0)
     assert not oracle.score_caption(image, scene).right
+
+
+def test_an_image_without_a_readable_outline_is_measured_too():
+    rng = np.random.default_rng(0)
+    image = render.render_background("white", 256, 256).copy()
+    for _ in range(30):  # scattered crumbs of red, no shape
+        x, y = rng.integers(100, 160, 2)
+        image[y : y + 4, x : x + 9] = (216, 34, 44)
+    assert 0 < oracle.cleanness(image.astype(np.uint8)) < 40
