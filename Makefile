@@ -7,7 +7,7 @@ STAMP := $(VENV)/.requirements-installed
 # PyTorch's own index of CPU builds. Where it cannot be reached, pip takes what it finds.
 TORCH_CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 
-# A kernel that talks through local sockets needs no open port and has nothing to warn about.
+# The kernel uses local sockets: no port is opened, and nbconvert prints no warning.
 NBCONVERT := $(BIN)/jupyter nbconvert --log-level=WARN --KernelManager.transport=ipc
 
 .PHONY: run test test-fast lab demo bench check lint clean
@@ -58,9 +58,9 @@ clean:
 # JupyterLab's announcements plugin asks whether it may fetch news from the internet: off.
 $(STAMP): requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -c "import torch" 2>/dev/null \
-	  || $(BIN)/pip install -q --no-deps --retries 1 --extra-index-url $(TORCH_CPU_INDEX) \
-	    "$$(grep -o '^torch==[^ ]*' requirements.txt)" 
+	@$(BIN)/pip install -q --no-deps --retries 1 --extra-index-url $(TORCH_CPU_INDEX) \
+	  "$$(grep -o '^torch==[^ ]*' requirements.txt)"
 	@$(BIN)/pip install -q -r requirements.txt
-	@$(BIN)/jupyter labextension disable @jupyterlab/apputils-extension:announcements 2>/dev/null
+	@$(BIN)/jupyter labextension disable @jupyterlab/apputils-extension:announcements \
+	  >/dev/null 2>&1 || echo "JupyterLab may ask whether to fetch news."
 	@touch $@

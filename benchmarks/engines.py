@@ -38,8 +38,8 @@ from ov_pixart.checkpoint import stored_weights
 from ov_pixart.components import OVPixArtTextEncoder
 from ov_pixart.convert import convert_text_encoder, convert_transformer
 from ov_pixart.ir import IR_NAME
+from ov_pixart.loading import load_pipeline
 from ov_pixart.memory import peak_memory_mb
-from ov_pixart.pipeline import load_pipeline
 from ov_pixart.trace import T5ExportConfig, TextEncoderWrapper, TransformerWrapper
 
 

@@ -10,7 +10,7 @@ import openvino as ov
 
 from benchmarks.cases import Case, Scale
 from benchmarks.engines import OneModel
-from ov_pixart.pipeline import load_pipeline
+from ov_pixart.loading import load_pipeline
 from ov_pixart.quiet import silent_nncf
 
 _COUNTERS = {"PERF_COUNT": "YES"}

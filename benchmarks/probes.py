@@ -40,7 +40,7 @@ def generate(
     """Load a pipeline and generate in four steps: an image, the same again, another prompt's."""
     import torch
 
-    from ov_pixart.pipeline import load_pipeline
+    from ov_pixart.loading import load_pipeline
 
     start = time.perf_counter()
     pipeline = load_pipeline(folder, **options)

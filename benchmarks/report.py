@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ov_pixart.checks import read_json
-from ov_pixart.plots import COLOURS, draw_bars, finished
+from ov_pixart.plots import COLOURS, add_bars, finished
 
 _TITLES = {
     "dit_step_512": "One DiT step, 512²",
@@ -142,7 +142,7 @@ class Report:
         layers = profile["by_type"][:count]
         shares = pd.Series({layer["name"]: 100 * layer["share"] for layer in layers})
         figure, ax = plt.subplots(figsize=(7, 1.1 + 0.3 * len(shares)), facecolor="white")
-        draw_bars(ax, shares, colours=dict.fromkeys(shares.index, _OF_ENGINES["ov"]))
+        add_bars(ax, shares, colours=dict.fromkeys(shares.index, _OF_ENGINES["ov"]))
         ax.invert_yaxis()
         title = f"{_TITLES.get(profile['case'], profile['case'])}, {profile['engine']}"
         ax.set_title(title, loc="left", fontsize=11)
@@ -154,7 +154,7 @@ class Report:
 def _draw_engines(ax: plt.Axes, values: pd.Series) -> None:
     """Bars coloured by the kind of engine, the first one on top."""
     colours = {name: _OF_ENGINES.get(name.split("-")[0], COLOURS["whole"]) for name in values.index}
-    draw_bars(ax, values, colours=colours)
+    add_bars(ax, values, colours=colours)
     ax.invert_yaxis()
 
 

@@ -18,7 +18,7 @@ from benchmarks import checkpoints
 from benchmarks.cases import CASES, FULL, Scale
 from benchmarks.engines import OneModel, clock, component_call
 from benchmarks.machine import describe_machine
-from ov_pixart.pipeline import load_pipeline
+from ov_pixart.loading import load_pipeline
 from ov_pixart.storage import write_json
 from ov_pixart.workers import WorkerError, Workers
 

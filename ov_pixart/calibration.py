@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 import tempfile
 from collections.abc import Iterable
@@ -20,10 +19,11 @@ from transformers import T5Tokenizer
 from ov_pixart.checkpoint import COMPONENTS, GenerationDefaults, default_settings
 from ov_pixart.checks import check, is_count, read_json
 from ov_pixart.ir import ir_files, read_ir
+from ov_pixart.loading import load_pipeline
 from ov_pixart.memory import release_memory
-from ov_pixart.pipeline import OVPixArtPipeline, load_pipeline
+from ov_pixart.pipeline import OVPixArtPipeline
 from ov_pixart.quiet import quiet
-from ov_pixart.storage import fingerprint, flush, remove_leftovers
+from ov_pixart.storage import fingerprint, remove_leftovers, staged_file
 
 CAPTIONS = Path(__file__).parents[1] / "assets" / "captions"
 DEFAULT_NUM_SAMPLES = 100  # calls of the DiT; each holds both halves of the guidance
@@ -59,7 +59,8 @@ def load_calibration_prompts(
     default. A data set is streamed, so that a few captions of a huge one cost little; `kwargs`
     go to `datasets.load_dataset` (`name`, `revision`, `token`...), but its code is never run.
 
-    Raises ValueError for an unknown column or kind of file, FileNotFoundError for a missing file.
+    Raises ValueError for an unknown column or kind of file, for a `num` below 1 and for
+    `trust_remote_code`, FileNotFoundError for a missing file.
     """
     if num is not None:
         check(is_count(num), "num", num, "a whole number from 1")
@@ -102,12 +103,12 @@ def _read_rows(file: Path, column: str) -> tuple[Iterable[dict[str, Any]], str]:
 def choose_prompts(
     calibration_prompts: str | Path | list[str] | None, source: Path, num_samples: int, seed: int
 ) -> list[str]:
-    """Draw as many different captions as `num_samples` needs; `source` is an OpenVINO folder.
+    """Choose as many different captions at random as `num_samples` needs.
 
-    Raises ValueError where there are too few.
+    `source`: an OpenVINO folder. Raises ValueError where there are too few.
     """
     if calibration_prompts is None:
-        # T5-XXL reads English, a small text encoder was taught one grammar of scenes.
+        # T5-XXL encodes any English; a small text encoder was trained on one grammar of scenes.
         width = read_json(source / "text_encoder" / "config.json").get("d_model", 4096)
         name = "natural-calibration.csv" if width >= 4096 else "pixart-tiny-calibration.csv"
         calibration_prompts = CAPTIONS / name
@@ -217,10 +218,9 @@ class CalibrationData:
         release_memory()  # a pipeline refers to itself: its models would crowd the calibration
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
-        partial = self.folder / f".partial-{os.getpid()}-{file.name}"
-        np.savez(partial, **arrays)
-        flush(partial)
-        os.replace(partial, file)
+        # an open file: given a path, NumPy would add its own suffix
+        with staged_file(file) as partial, partial.open("wb") as content:
+            np.savez(content, **arrays)
 
 
 def encode(
@@ -307,7 +307,7 @@ def split_large_call(call: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]
 
 # Side in latents: images of 1024² stay whole in all aspect ratios (6.4 GB), 2048² becomes four
 # tiles. Smaller tiles would cost quality: calibrated with quarters of its images, PixArt-tiny's
-# decoder is 41.1 dB from its FP16 self, with whole images 43.9 dB.
+# decoder reaches a PSNR of 41.1 dB against FP16, with whole images 43.9 dB.
 _TILE = 172
 
 

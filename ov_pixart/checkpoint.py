@@ -185,6 +185,28 @@ def read_scheduler_name(folder: Path) -> str:
     return name
 
 
+_WRITTEN = {IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json", *RECORDS}
+OUTPUT_FOLDERS = (*COMPONENTS, "tokenizer", "scheduler")
+
+
+def check_replaceable(output_dir: Path, names: Iterable[str] = OUTPUT_FOLDERS) -> None:
+    """Raise ValueError where a folder that will be replaced as a whole holds other files.
+
+    Files of tokenizer and scheduler have many names: these two are replaced only in the output of
+    an earlier call, which has a lock or IRs.
+    """
+    ours = (output_dir / LOCK).is_file() or is_openvino_folder(output_dir)
+    for name in names:
+        folder = output_dir / name
+        found = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        others = found - _WRITTEN if name in COMPONENTS else set() if ours else found
+        if others:
+            raise ValueError(
+                f"output_dir={str(output_dir)!r} holds other files ({name}/{min(others)}): "
+                "name a new folder."
+            )
+
+
 # ---- weights ------------------------------------------------------------------------------------
 
 
@@ -261,7 +283,10 @@ def load_component(folder: Path, loader: type) -> torch.nn.Module:
 
 
 def sizes_mb(folder: Path) -> dict[str, float]:
-    """10⁶ bytes on disk of each component; of a torch folder, of the weights that are read."""
+    """10⁶ bytes on disk of each component; of a torch folder, of the weights that are read.
+
+    Raises FileNotFoundError where there are no weights.
+    """
     sizes = {}
     for name, component in COMPONENTS.items():
         if is_openvino_folder(folder):

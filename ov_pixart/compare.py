@@ -28,8 +28,8 @@ from ov_pixart.checkpoint import (
 )
 from ov_pixart.checks import check, is_count, is_text
 from ov_pixart.components import OVPixArtTextEncoder
+from ov_pixart.loading import load_pipeline
 from ov_pixart.memory import group_by_memory, peak_memory_mb
-from ov_pixart.pipeline import load_pipeline
 from ov_pixart.workers import WorkerDied, WorkerError, Workers
 
 Scorer = Callable[[list[Image.Image], list[str]], list[float]]
@@ -273,6 +273,11 @@ class Comparison:
     def pictures(self) -> dict[str, list[Image.Image]]:
         """An earlier name of `images`."""
         return self.images
+
+    @property
+    def turns(self) -> dict[str, list[ImageRun]]:
+        """An earlier name of `runs`."""
+        return self.runs
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per label: times and likeness are medians, the score is the mean of all images.

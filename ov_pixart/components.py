@@ -98,6 +98,8 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
         """Drop the cached embeddings."""
         self._embeddings.clear()
 
+    forget = clear_cache  # an earlier name
+
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> ModelOutput:
@@ -181,7 +183,9 @@ class OVPixArtTransformer(OVPipelinePart):
         """Run the model, as many times as a static batch size requires.
 
         A static IR has the shape of the images alone: a call with guidance has twice as many rows
-        and takes two runs, a call without takes one, and no row is computed in vain.
+        and takes two runs, a call without takes one, so no row is computed without need.
+
+        Raises ValueError where size conditions are missing.
         """
         arrays = {}
         for port in self.model.inputs:
@@ -203,14 +207,25 @@ class OVPixArtTransformer(OVPipelinePart):
         return results[0] if len(results) == 1 else np.concatenate(results)
 
 
+def _of_tiler(name: str) -> property:
+    """An attribute of AutoencoderKL, kept in `tiler`."""
+    return property(
+        lambda vae: getattr(vae.tiler, name), lambda vae, value: setattr(vae.tiler, name, value)
+    )
+
+
 class OVPixArtVae(OVModelVae):
     """Compiled VAE decoder, with the tiling and slicing of diffusers' AutoencoderKL.
 
     `enable_slicing()` decodes the images of a batch one by one, and changes nothing else.
-    `enable_tiling()` decodes what is larger than `tiler.tile_latent_min_size` in overlapping tiles
+    `enable_tiling()` decodes what is larger than `tile_latent_min_size` in overlapping tiles
     that are blended: memory stays that of one tile, and colours may differ a little between tiles.
-    `tiler` holds both switches and the size of a tile.
     """
+
+    use_tiling, use_slicing = _of_tiler("use_tiling"), _of_tiler("use_slicing")
+    tile_sample_min_size = _of_tiler("tile_sample_min_size")
+    tile_latent_min_size = _of_tiler("tile_latent_min_size")
+    tile_overlap_factor = _of_tiler("tile_overlap_factor")
 
     def __init__(self, decoder: OVModelVaeDecoder, encoder: Any = None):
         super().__init__(decoder=decoder, encoder=encoder)
@@ -226,10 +241,8 @@ class OVPixArtVae(OVModelVae):
 
         Raises ValueError where tiling or slicing would split what static shapes have fixed.
         """
-        tiles = max(latent_sample.shape[2:]) > self.tiler.tile_latent_min_size
-        splits = (self.tiler.use_tiling and tiles) or (
-            self.tiler.use_slicing and len(latent_sample) > 1
-        )
+        tiles = max(latent_sample.shape[2:]) > self.tile_latent_min_size
+        splits = (self.use_tiling and tiles) or (self.use_slicing and len(latent_sample) > 1)
         if not splits:
             return self.decoder(latent_sample, *args, **kwargs)
         if self.decoder.model.input("latent_sample").get_partial_shape().is_static:

@@ -18,6 +18,7 @@ from ov_pixart.checkpoint import (
     FOLDERS,
     MODEL_INDEX,
     check_components_fit,
+    check_replaceable,
     check_torch_folder,
     load_component,
     read_model_index,
@@ -252,7 +253,8 @@ def convert_pipeline(
             tokenizer = T5Tokenizer.from_pretrained(folders["tokenizer"], local_files_only=True)
             tokenizer.save_pretrained(folder)
         with staged(output_dir / "scheduler") as folder:
-            shutil.copy(folders["scheduler"] / "scheduler_config.json", folder)
+            name = "scheduler_config.json"
+            shutil.copyfile(folders["scheduler"] / name, folder / name)
         write_json(index, output_dir / MODEL_INDEX)
     return output_dir
 
@@ -307,8 +309,7 @@ class _Conversion:
     def check_room(self, force: bool) -> None:
         """Raise an error now if what is missing could not be written, or made, later."""
         missing = [name for name in COMPONENTS if force or not self.is_finished(name)]
-        for name in missing:
-            _check_replaceable(self.output_dir / name)
+        check_replaceable(self.output_dir, [*missing, "tokenizer", "scheduler"])
         check_resources({name: self.cost(name) for name in missing}, self.output_dir)
 
     def run(self, force: bool) -> None:

@@ -1,12 +1,13 @@
-"""Folders by name: a local one as it is, a Hugging Face id downloaded, never anything pickled."""
+"""Find a model's folder: a local one, or a download from the Hugging Face Hub; nothing pickled."""
 
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import httpx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 
 from ov_pixart.checkpoint import COMPONENTS, FOLDERS, check_weights
 from ov_pixart.checks import check
@@ -44,6 +45,7 @@ def fetch_component(name: str, given: str | Path, hub: HubOptions) -> Path:
     """
     weights = [f"{name}/*.safetensors", "model*.safetensors"]
     weights += ["diffusion_pytorch_model*.safetensors"]
+    weights = [] if name == "scheduler" else weights
     folder = _fetch(name, given, hub, weights)
     folder = folder / name if (folder / name).is_dir() else folder
     config = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
@@ -87,8 +89,8 @@ def _fetch(
             ignore_patterns=["*.fp16.*", "*.fp16-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*"],
             **asdict(hub),
         )
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, httpx.HTTPError, HFValidationError) as error:  # HfHubHTTPError is both
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(
             f"{argument}={str(given)!r} is no folder here and cannot be fetched from Hugging "
             f"Face: check its name, the connection and, for a gated model, token= ({reason})"

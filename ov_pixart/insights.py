@@ -20,9 +20,8 @@ def film_strip(
 ) -> dict[str, Image.Image]:
     """The clean image that the DiT predicts at some of the steps, counted from 1.
 
-    `call`: further arguments of the pipeline's call. Works for schedulers with a table of
-    `alphas_cumprod`: DPM-Solver++, DDIM, Euler, LCM and the like. Raises ValueError for a step
-    that is never taken.
+    `call`: further arguments of the pipeline's call. Raises ValueError for a step that is never
+    taken, and for schedulers that keep samples on another scale, such as Euler.
     """
     predicted = _record_predictions(pipeline, prompt, **call)
     images = {}
@@ -40,6 +39,9 @@ def _record_predictions(pipeline: OVPixArtPipeline, prompt: str, **call: Any) ->
     Source: Salimans & Ho 2022, appendix D, for the three kinds of prediction.
     """
     scheduler, step = pipeline.scheduler, pipeline.scheduler.step
+    usual = hasattr(scheduler, "alphas_cumprod") and float(scheduler.init_noise_sigma) == 1
+    rule = "one with `alphas_cumprod` and noise of variance 1, such as DPM-Solver++"
+    check(usual, "scheduler", type(scheduler).__name__, rule)
     predicted = []
 
     @functools.wraps(step)  # the pipeline reads the signature
@@ -89,9 +91,12 @@ def word_maps(pipeline: OVPixArtPipeline, prompt: str, **call: Any) -> WordMaps:
     """Generate an image and read from the DiT's cross-attention where each word goes.
 
     The IR is not changed: a copy of the graph gets the queries and keys of its cross-attention as
-    outputs, and is run again on every third call of the DiT. `call`: further arguments of the
-    pipeline's call, one image at a time.
+    outputs, and is run again on every third call of the DiT; its weights are in memory once more.
+    `call`: further arguments of the pipeline's call. Raises ValueError for more than one image.
     """
+    count = call.get("num_images_per_prompt", 1)
+    single = isinstance(prompt, str) and count == 1
+    check(single, "num_images_per_prompt", count, "1, with a single prompt")
     image, inputs = record_inputs(pipeline, prompt, **call)
     transformer = pipeline.transformer
     compiled = _with_cross_attention(transformer.model, transformer.ov_config)
@@ -100,8 +105,11 @@ def word_maps(pipeline: OVPixArtPipeline, prompt: str, **call: Any) -> WordMaps:
     rows, columns = (side // patch for side in inputs[0]["hidden_states"].shape[2:])
     maps = maps.T.reshape(-1, rows, columns)
     maps = maps / maps.mean(axis=(1, 2), keepdims=True)
-    words = _words(pipeline, prompt)
-    return WordMaps(image, {w: maps[tokens].mean(axis=0) for w, tokens in words.items()})
+    seen = {  # a long prompt ends before its last words
+        word: [token for token in tokens if token < len(maps)]
+        for word, tokens in _words(pipeline, prompt).items()
+    }
+    return WordMaps(image, {w: maps[tokens].mean(axis=0) for w, tokens in seen.items() if tokens})
 
 
 def record_inputs(
@@ -160,7 +168,7 @@ def _words(pipeline: OVPixArtPipeline, prompt: str) -> dict[str, list[int]]:
         word, tokens = words[-1]
         words[-1] = (word + piece.lstrip("▁"), [*tokens, i])
     named: dict[str, list[int]] = {}
-    for word, tokens in words:
+    for word, tokens in (pair for pair in words if pair[0]):
         word = word.strip(".,;:!?") or word
         count = sum(name.split()[0] == word for name in named) + 1
         named[word if count == 1 else f"{word} {count}"] = tokens
@@ -184,7 +192,10 @@ def layer_weights(model: ov.Model, layer: str) -> np.ndarray:
 
 
 def layer_input(model: ov.Model, layer: str, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """The activation that enters a layer when `model` runs on `inputs`, `(rows, channels)`."""
+    """The activation that enters a layer when `model` runs on `inputs`, `(rows, channels)`.
+
+    Raises ValueError for an unknown layer.
+    """
     model = model.clone()
     model.add_outputs([_matmul(model, layer).input_value(0)])
     compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
@@ -195,7 +206,7 @@ def layer_input(model: ov.Model, layer: str, inputs: dict[str, np.ndarray]) -> n
 def calibrated_range(model: ov.Model, layer: str) -> tuple[float, float]:
     """The range that calibration found for the activation entering a layer of a quantized model.
 
-    Raises ValueError where the layer keeps floating activations.
+    Raises ValueError where the layer keeps floating activations, or is unknown.
     """
     node = _matmul(model, layer).input_value(0).get_node()
     quantized = node.get_type_name() == "FakeQuantize"

@@ -18,11 +18,14 @@ IR_NAME = "openvino_model.xml"
 def read_ir(path: str | Path) -> ov.Model:
     """Read an IR, given its `.xml` file or the folder that holds one.
 
-    Raises ValueError where the graph, or the weights beside it, cannot be read.
+    Raises FileNotFoundError where there is none, ValueError where the graph, or the weights beside
+    it, cannot be read.
     """
     file = Path(path)
     if file.is_dir():
         file = file / IR_NAME
+    if not file.is_file():
+        raise FileNotFoundError(f"{str(file)!r} is missing: convert it first.")
     try:
         return ov.Core().read_model(file)
     except RuntimeError:
@@ -43,9 +46,10 @@ def save_ir(model: ov.Model, folder: Path, *, compress_to_fp16: bool = False) ->
 
 def damage_message(file: Path) -> str:
     """What is wrong with a file in `folder/component/`, and the remedy."""
+    folder = file.resolve().parents[1]
     return (
         f"{str(file)!r} is damaged: run the same convert_pipeline or optimize_pipeline call for "
-        f"{str(file.parents[1])!r} again; it makes this component again and keeps the others."
+        f"{str(folder)!r} again; it makes this component again and keeps the others."
     )
 
 

@@ -38,9 +38,9 @@ def fetch_lora(lora: str | Path, hub: HubOptions) -> Path:
 def fuse_lora(
     transformer: PixArtTransformer2DModel, folder: Path, scale: float
 ) -> PixArtTransformer2DModel:
-    """Add a LoRA, `scale` times, to the weights it belongs to; it then costs nothing.
+    """Add a LoRA, `scale` times, to the weights it belongs to; generation then takes no longer.
 
-    Raises ValueError where its matrices do not fit the transformer, which peft alone tolerates.
+    Raises ValueError where its matrices do not fit the transformer; peft does not check that.
     """
     import peft  # not at the top: it takes a second, and most conversions do without
 

@@ -21,6 +21,7 @@ from ov_pixart.checkpoint import (
     COMPONENTS,
     MODEL_INDEX,
     check_openvino_folder,
+    check_replaceable,
     is_openvino_folder,
     read_model_index,
 )
@@ -44,6 +45,7 @@ from ov_pixart.ir import (
     save_ir,
     store_runtime_options,
 )
+from ov_pixart.memory import release_memory
 from ov_pixart.presets import PRESETS, Recipe
 from ov_pixart.quiet import silent_nncf
 from ov_pixart.storage import (
@@ -79,13 +81,17 @@ def optimize_pipeline(
     default. `num_samples`: how many calls of the DiT to calibrate with, five from each image.
 
     Images for calibration are generated once and kept in the folder `calibration` next to
-    `output_dir`, for other presets with the same source, captions and seed. Components that an
-    earlier call has finished are kept.
+    `output_dir`, for other presets with the same source, captions and seed; where the text encoder
+    exceeds 2 GB, for presets that also treat it alike. Presets that need no data ignore
+    `calibration_prompts`, `num_samples` and `seed`. Components that an earlier call has finished
+    are kept.
 
     Raises ValueError for arguments that do not work and for a pipeline that is not converted, or
     quantized already, FileNotFoundError for a missing or incomplete folder, OSError where the disk
     is too small.
     """
+    rule = "a whole number"
+    check(isinstance(seed, int) and not isinstance(seed, bool), "seed", seed, rule)
     source, output = Path(ov_dir), Path(output_dir)
     recipes = _check_optimize(source, output, preset)
     prompts = []
@@ -95,13 +101,14 @@ def optimize_pipeline(
         prompts = choose_prompts(calibration_prompts, source, num_samples, seed)
     data = CalibrationData(source, output.parent / "calibration", prompts, num_samples, seed)
     if is_large(source / "text_encoder"):
-        # in 16 bits it fills 10 GB; the one that this call writes first does with half
+        # in 16 bits it takes 10 GB; the one that this call writes first takes half
         data.encode_with(output / "text_encoder", asdict(recipes["text_encoder"]))
     with locked(output):
         _optimize_all(source, output, recipes, data, progress)
         for name in ("tokenizer", "scheduler"):
             with staged(output / name) as folder:
-                shutil.copytree(source / name, folder, dirs_exist_ok=True)
+                for file in filter(Path.is_file, (source / name).iterdir()):
+                    shutil.copyfile(file, folder / file.name)
         write_json(read_model_index(source), output / MODEL_INDEX)
     return output
 
@@ -120,6 +127,7 @@ def _check_optimize(source: Path, output: Path, preset: str) -> dict[str, Recipe
         )
     check_openvino_folder(source)
     check_output(output, [source], COMPONENTS)
+    check_replaceable(output)
     recipes, disk = {}, 0.0
     for name in COMPONENTS:
         model = read_ir(source / name)
@@ -162,6 +170,7 @@ def _optimize_all(
                 with staged(output / name) as folder:
                     optimize_component(source, name, recipes[name], data, folder, progress)
                     write_record(record, folder / OPTIMIZATION)
+                release_memory()
             bar.update()
         bar.set_description("Optimised")
 
@@ -196,10 +205,10 @@ def optimize_component(
     progress: bool,
 ) -> None:
     """Apply a recipe to one component of `source` and write it to `folder`."""
-    shutil.copy(source / name / "config.json", folder)
+    shutil.copyfile(source / name / "config.json", folder / "config.json")
     if recipe.weights is None and not recipe.options:
         for file in ir_files(source / name):
-            shutil.copy(file, folder)
+            shutil.copyfile(file, folder / file.name)
         return
     samples = data.samples(name, progress=progress) if recipe.needs_data else []
     model = read_ir(source / name)
@@ -236,14 +245,14 @@ def apply_recipe(
 
     dataset = nncf.Dataset(samples, read) if samples else None
     weighted, floating = weighted_layers(model), matching_layers(model, recipe.floating)
-    spared = matching_layers(model, recipe.weights_only) if recipe.activations else weighted
+    weights_only = matching_layers(model, recipe.weights_only) if recipe.activations else weighted
     if recipe.weights == "int4":
         sensitive = matching_layers(model, recipe.sensitive)
-        in_4_bits = (spared & weighted) - floating - sensitive
+        in_4_bits = (weights_only & weighted) - floating - sensitive
         fit = dataset if recipe.scale_estimation else None
         model = compress_to_4_bits(model, int4_group_size(config), weighted - in_4_bits, fit)
-    if spared:
-        model = compress_to_8_bits(model, (weighted - spared) | floating)
+    if weights_only:
+        model = compress_to_8_bits(model, (weighted - weights_only) | floating)
     if not recipe.activations:
         return model
     smooth_quant = nncf.AdvancedSmoothQuantParameters(matmul=recipe.smooth_quant)
@@ -252,6 +261,6 @@ def apply_recipe(
         dataset,
         subset_size=len(samples),
         model_type=nncf.ModelType.TRANSFORMER if recipe.is_transformer else None,
-        ignored_scope=ignored_scope(spared | floating),
+        ignored_scope=ignored_scope(weights_only | floating),
         advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smooth_quant),
     )

@@ -10,10 +10,9 @@ from typing import Any
 
 import openvino as ov
 import torch
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
 from optimum.intel.openvino import modeling_diffusion as ov_diffusion
 from optimum.intel.openvino.modeling_diffusion import OVDiffusionPipeline
-from transformers import T5Tokenizer
 
 from ov_pixart.call_checks import CallLimits, complete_call, warn_of_cut_prompts
 from ov_pixart.checkpoint import (
@@ -23,7 +22,6 @@ from ov_pixart.checkpoint import (
     check_sizes,
     family_of,
     is_openvino_folder,
-    load_component,
 )
 from ov_pixart.checks import check, is_count
 from ov_pixart.components import OVPixArtTextEncoder, OVPixArtTransformer, OVPixArtVae
@@ -38,7 +36,7 @@ from ov_pixart.ir import (
     reshape_inputs,
     static_length,
 )
-from ov_pixart.quiet import hide_loading_bars, quiet, without_log_message
+from ov_pixart.quiet import without_log_message
 from ov_pixart.storage import RECORDS
 from ov_pixart.upstream import hide_length_warning
 
@@ -92,17 +90,20 @@ class OVPixArtPipeline(OVDiffusionPipeline):
         """Unload the text encoder, most of the memory, until a new prompt needs it.
 
         The embeddings of the last prompts stay. `from_pretrained(..., release_text_encoder=True)`
-        does this after every prompt, and does not load it before the first.
+        does this after every prompt, and does not load it before the first. Raises
+        FileNotFoundError where its IR is no longer on disk.
         """
         if self.text_encoder is not None:
-            self.text_encoder.release()
+            with self._turn:
+                self.text_encoder.release()
 
     def encode_prompt(self, *args, **kwargs):
         """As in diffusers; embeddings of recent prompts come from a cache."""
-        encoded = super().encode_prompt(*args, **kwargs)
-        if self._releases_text_encoder:
-            self.release_text_encoder()
-        return encoded
+        with self._turn:
+            encoded = super().encode_prompt(*args, **kwargs)
+            if self._releases_text_encoder:
+                self.release_text_encoder()
+            return encoded
 
     # -- load and save --
 
@@ -209,7 +210,7 @@ class OVPixArtPipeline(OVDiffusionPipeline):
 
     @property
     def batch_size(self) -> int:
-        """Prompts per call that the models are shaped for, -1 if any number."""
+        """Prompts per call that the components are shaped for, -1 if any number."""
         if self.text_encoder is None:
             return static_length(self.transformer.model.inputs[0].get_partial_shape()[0])
         return static_length(self.text_encoder.input_shape[0])
@@ -224,7 +225,7 @@ class OVPixArtPipeline(OVDiffusionPipeline):
         *,
         max_sequence_length: int | None = None,
     ) -> "OVPixArtPipeline":
-        """Fix the shapes of all models (-1: keep free), for devices and speed that want that.
+        """Fix the shapes of all components (-1: keep free), which some devices require.
 
         `height`, `width` in pixels, divisible by 16. `max_sequence_length`: tokens; fixed to the
         family's own (α 120, Σ 300) where everything else is fixed. Guidance may be on or off at
@@ -278,7 +279,10 @@ class OVPixArtPipeline(OVDiffusionPipeline):
         """
         signature = inspect.signature(self.auto_model_class.__call__)
         given = dict(signature.bind(self, *args, **kwargs).arguments)
-        given = {**given.pop("kwargs", {}), **given}
+        extra = given.pop("kwargs", {})  # diffusers would ignore these
+        if unknown := extra.keys() - {"mask_feature"}:
+            raise TypeError(f"{min(unknown)!r} is not an argument of {self.family.class_name}.")
+        given = {**extra, **given}
         del given["self"]
         defaults = {
             name: parameter.default
@@ -312,7 +316,7 @@ class OVPixArtPipeline(OVDiffusionPipeline):
 
     @property
     def _static_arguments(self) -> dict[str, int]:
-        """Arguments of a call that the models' shapes have fixed, and their values."""
+        """Arguments of a call that static shapes have fixed, and their values."""
         images, tokens, _ = self.transformer.model.input("encoder_hidden_states").partial_shape
         lengths = {
             "height": self.height,
@@ -338,35 +342,11 @@ class OVPixArtSigmaPipeline(OVPixArtPipeline, PixArtSigmaPipeline):
     auto_model_class = PixArtSigmaPipeline
 
 
-_PIPELINES = {ALPHA.name: OVPixArtAlphaPipeline, SIGMA.name: OVPixArtSigmaPipeline}
-
-
-def load_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
-    """Load a pipeline without its progress bar: an OpenVINO folder, or a torch one in float32.
-
-    `options`: arguments of `from_pretrained`, such as `device` or `ov_config`. Raises as
-    `from_pretrained` does.
-    """
-    folder = Path(folder)
-    family = family_of(folder)
-    if is_openvino_folder(folder):
-        pipeline = _PIPELINES[family.name].from_pretrained(folder, **options)
-    else:
-        modules = {
-            component.folder: load_component(folder / component.folder, component.loader).float()
-            for component in COMPONENTS.values()
-        }
-        tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        with quiet(), hide_loading_bars():
-            pipeline = family.torch_class.from_pretrained(
-                folder, local_files_only=True, tokenizer=tokenizer, **modules, **options
-            )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+PIPELINES = {ALPHA.name: OVPixArtAlphaPipeline, SIGMA.name: OVPixArtSigmaPipeline}
 
 
 def register_with_optimum() -> None:
-    """Let optimum's own entrances find PixArt: OVDiffusionPipeline, OVPipelineForText2Image."""
+    """Register PixArt with optimum's loaders: OVDiffusionPipeline, OVPipelineForText2Image."""
     for key, pipeline in (
         ("pixart-alpha", OVPixArtAlphaPipeline),
         ("pixart-sigma", OVPixArtSigmaPipeline),

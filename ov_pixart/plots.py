@@ -60,7 +60,7 @@ def show_images(images: dict[str, Image.Image | np.ndarray]) -> Figure:
     return finished(figure)
 
 
-def draw_bars(
+def add_bars(
     ax: Axes,
     values: pd.Series,
     form: str = "{:.3g}",
@@ -102,7 +102,7 @@ def comparison_figure(
     )
     for ax, name in zip(axes.flat, names, strict=True):
         title, unit, form = _PANELS[name]
-        draw_bars(ax, table[name], form, shares=shares.get(name))
+        add_bars(ax, table[name], form, shares=shares.get(name))
         ax.set_title(title.format(reference=reference), loc="left", fontsize=11)
         ax.set_xlabel(unit)
     axes.flat[0].invert_yaxis()  # shared: the first label on top, everywhere

@@ -1,15 +1,21 @@
-"""Hold back notices that a reader can do nothing about: one bar and one warning say enough.
+"""Hide log messages, warnings and progress bars that a reader can do nothing about.
 
-Only the loggers, warnings and bars of the libraries used here are touched; a host application
-keeps its own logs and its stdout.
+Only the loggers, warnings and bars of the libraries used here are held back; other logs and stdout
+are kept. Exception: while NNCF works, nothing is shown on rich's global console, which rich's log
+handler also uses. These settings belong to the process: threads wait for each other.
 """
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 
-_LIBRARIES = ("diffusers", "nncf", "openvino", "optimum", "torch", "transformers")
+_LIBRARIES = (
+    *("accelerate", "datasets", "diffusers", "nncf", "openvino", "optimum", "peft"),
+    *("torch", "transformers"),
+)
+_one_thread = threading.RLock()
 
 
 @contextlib.contextmanager
@@ -17,19 +23,16 @@ def quiet() -> Iterator[None]:
     """Hide what the libraries log and warn of below an error: tracing, missing torchvision…"""
     from torch.jit import TracerWarning  # not at the top: it would load torch before the door does
 
-    loggers = [logging.getLogger(name) for name in _LIBRARIES]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
+    with _one_thread, contextlib.ExitStack() as undo:
+        for name in _LIBRARIES:
+            logger = logging.getLogger(name)
+            undo.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             # `module` is the one that a warning points at; TracerWarnings point at any caller
             warnings.filterwarnings("ignore", module=rf"({'|'.join(_LIBRARIES)})(\.|$)")
             warnings.filterwarnings("ignore", category=TracerWarning)
             yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextlib.contextmanager
@@ -52,19 +55,18 @@ def quiet_imports() -> Iterator[None]:
 def silent_nncf() -> Iterator[None]:
     """Suppress NNCF's tables and progress bars; in a notebook the bars leave empty output boxes.
 
-    NNCF draws its bars on rich's global console. `quiet` alone is not enough there: in a notebook
-    rich shows its widget before it looks at that switch.
+    NNCF shows its bars on rich's global console. The console's `quiet` switch alone is not enough:
+    in a notebook rich shows its widget before it looks at that switch.
     """
     import rich
 
     console = rich.get_console()
-    switches = console.is_jupyter, console.quiet
-    console.is_jupyter, console.quiet = False, True
-    try:
+    with _one_thread, contextlib.ExitStack() as undo:
+        for switch, value in (("is_jupyter", False), ("quiet", True)):
+            undo.callback(setattr, console, switch, getattr(console, switch))
+            setattr(console, switch, value)
         with quiet():
             yield
-    finally:
-        console.is_jupyter, console.quiet = switches
 
 
 @contextlib.contextmanager
@@ -73,16 +75,12 @@ def hide_loading_bars() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    shown = [
-        log for log in (diffusers_logging, transformers_logging) if log.is_progress_bar_enabled()
-    ]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
+    with _one_thread, contextlib.ExitStack() as undo:
+        for log in (diffusers_logging, transformers_logging):
+            if log.is_progress_bar_enabled():
+                undo.callback(log.enable_progress_bar)
+                log.disable_progress_bar()
         yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
 
 
 @contextlib.contextmanager

@@ -29,7 +29,10 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def locked(output_dir: Path) -> Iterator[None]:
-    """Lock an output folder; a second process waits. The lock ends with its process."""
+    """Lock an output folder; a second process waits. The lock ends with its process.
+
+    Raises OSError where the folder cannot be written.
+    """
     with explain_write_errors(output_dir):
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output_dir / LOCK)
@@ -47,7 +50,7 @@ def staged(output_dir: Path) -> Iterator[Path]:
     """Write into a temporary folder that replaces `output_dir` when all of it is on disk.
 
     A process that is killed leaves the old folder, the new one or none; its temporary folder is
-    removed by the next call.
+    removed by the next call. Raises OSError where it cannot be written.
     """
     output_dir = output_dir.resolve()
     output_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -60,38 +63,59 @@ def staged(output_dir: Path) -> Iterator[Path]:
         yield staging
         for path in (*staging.rglob("*"), staging):
             flush(path)
-        if output_dir.is_dir():
-            shutil.rmtree(output_dir)
-        os.rename(staging, output_dir)
+        old = Path(temporary) / f"{output_dir.name}.old"
+        if output_dir.is_dir():  # renamed, not removed: it is there whole, or gone
+            os.rename(output_dir, old)
+        try:
+            os.rename(staging, output_dir)
+        except OSError:
+            if old.is_dir():
+                os.rename(old, output_dir)
+            raise
         flush(output_dir.parent)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that no longer exist have left half-written."""
+    """Remove temporary files of processes that no longer exist."""
     for path in folder.glob(".partial-*-*"):
         owner = path.name.split("-")[1]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on disk: power may fail at any time."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open folders, and writes their lists by itself
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    # only Windows needs write access, which files copied from a read-only checkpoint lack
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def write_json(content: Any, file: Path) -> None:
-    """Write all of a JSON file or nothing."""
+@contextlib.contextmanager
+def staged_file(file: Path) -> Iterator[Path]:
+    """A temporary path beside `file`, which it replaces when all of it is on disk."""
     partial = file.with_name(f".partial-{os.getpid()}-{file.name}")
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    flush(partial)
-    os.replace(partial, file)
-    flush(file.parent)
+    try:
+        yield partial
+        flush(partial)
+        os.replace(partial, file)
+        flush(file.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(content: Any, file: Path) -> None:
+    """Write all of a JSON file or nothing; raises OSError where it cannot be written."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    with staged_file(file) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 # ---- records ------------------------------------------------------------------------------------
@@ -107,7 +131,7 @@ def write_record(record: dict[str, Any], file: Path) -> None:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """Read what `write_record` has written; empty if there is nothing of the kind."""
+    """Read a record; `{}` if it is missing or damaged."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         complete = all({"size", "sha256"} <= noted.keys() for noted in record["files"].values())
@@ -149,8 +173,11 @@ def explain_write_errors(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        path = Path(error.filename or output_dir)
-        ours = path.is_relative_to(output_dir) or path.is_relative_to(output_dir.resolve().parent)
+        output = output_dir.resolve()
+        path = Path(error.filename or output).resolve()
+        # the folder, one above it that cannot be made, or what `staged` has put beside it
+        partial = path.is_relative_to(output.parent) and f".partial-{os.getpid()}-" in str(path)
+        ours = partial or path.is_relative_to(output) or output.is_relative_to(path)
         if error.errno not in _WRITE_ERRORS or not ours:
             raise
         raise type(error)(
@@ -163,7 +190,7 @@ def check_disk(size: float, output_dir: Path) -> None:
     """Raise OSError if the disk of `output_dir` has less than `size` bytes free."""
     existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
     total, _, free = shutil.disk_usage(existing)
-    if total and size > free:  # a place without a disk, such as /sys, refuses in its own words
+    if total and size > free:  # /sys and the like report no size; writing there fails anyway
         raise OSError(
             f"output_dir={str(output_dir)!r} needs {size / 1e9:.1f} GB of disk, and "
             f"{free / 1e9:.1f} GB are free: make room there, or name another folder."

@@ -1,17 +1,19 @@
 """Every patch of other packages' private code, one function each.
 
 Each states what it reaches into and what it saves; `tests/test_upstream.py` guards it. Where
-upstream has changed, a patch steps aside with one log line: results stay the same, memory or quiet
-is lost.
+upstream has changed, a patch steps aside with one log line: the results stay the same, with more
+memory or more messages.
 """
 
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 logger = logging.getLogger(__name__)
+_one_thread = threading.RLock()  # patches belong to the process; taken before the lock in `quiet`
 
 
 def telemetry_off() -> None:
@@ -32,7 +34,7 @@ def telemetry_off() -> None:
         from openvino_telemetry.utils.opt_in_checker import ConsentCheckResult, OptInChecker
 
         OptInChecker.check = lambda *args, **kwargs: ConsentCheckResult.DECLINED
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         _step_aside("revoking consent to telemetry", error)
     try:
         sys.modules["openvino_telemetry"].Telemetry().consent = False
@@ -54,23 +56,24 @@ def trace_in_16_bits(module: Any) -> Iterator[None]:
     an attribute, and optimum's `clear_class_registry` (TorchScript remembers what it has traced,
     and holds its weights). Optimum-intel does the same (`exporters/openvino/convert.py`).
     """
-    try:
-        from openvino.frontend.pytorch import patch_model
-        from optimum.exporters.openvino.utils import clear_class_registry
+    with _one_thread:
+        try:
+            from openvino.frontend.pytorch import patch_model
+            from optimum.exporters.openvino.utils import clear_class_registry
 
-        unpatch = patch_model.unpatch_model
-        getattr(patch_model, "__make_16bit_traceable")(module)
-    except (ImportError, AttributeError) as error:
-        _step_aside("tracing in 16 bits", error)
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
-        yield
-        return
-    try:
-        yield
-    finally:
-        unpatch(module, "_openvino_module_extension_patch_orig_forward")
-        clear_class_registry()
+            unpatch = patch_model.unpatch_model
+            getattr(patch_model, "__make_16bit_traceable")(module)
+        except (ImportError, AttributeError) as error:
+            _step_aside("tracing in 16 bits", error)
+            for tensor in (*module.parameters(), *module.buffers()):
+                tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
+            yield
+            return
+        try:
+            yield
+        finally:
+            unpatch(module, "_openvino_module_extension_patch_orig_forward")
+            clear_class_registry()
 
 
 @contextlib.contextmanager
@@ -89,22 +92,23 @@ def free_weights_while_compressing(
         from nncf.quantization.algorithms.weight_compression import openvino_backend
 
         backend = openvino_backend.OVWeightCompressionAlgoBackend
-        original = backend.transform_model
-    except (ImportError, AttributeError) as error:
+        original = vars(backend)["transform_model"]
+    except (ImportError, AttributeError, KeyError) as error:
         _step_aside("freeing weights while compressing", error)
         yield
         return
 
-    def transform_model(self, model, graph, weights, *args, **kwargs):
-        weights = list(weights)
+    def transform_model(self, model, graph, weight_compression_parameters, *args, **kwargs):
+        weights = list(weight_compression_parameters)
 
         def one_by_one() -> Iterator[Any]:
-            done, total, known = 0, sum(weight.num_weights for weight in weights), True
-            for weight in weights:
+            sizes = [getattr(weight, "num_weights", 1) for weight in weights]
+            done, total, known = 0, sum(sizes), True
+            for weight, size in zip(weights, sizes, strict=True):
                 report(f"compressing weights, {done / total:.0%}")
                 yield weight
                 known = known and _forget_weight(self, weight)
-                done += weight.num_weights
+                done += size
 
         return original(self, model, graph, one_by_one(), *args, **kwargs)
 
@@ -113,7 +117,7 @@ def free_weights_while_compressing(
 
 
 def _forget_weight(backend: Any, weight: Any) -> bool:
-    """Whether NNCF's structure was as expected."""
+    """Drop one weight from NNCF's mapping; False if the mapping is not as expected."""
     try:
         attributes = weight.node_with_weight.layer_attributes.constant_attributes
         del backend.name_to_node_mapping[attributes[weight.weight_port_id]["name"]]
@@ -139,8 +143,8 @@ def calibration_outputs_first() -> Iterator[None]:
         from nncf.openvino.graph.model_transformer import OVModelTransformer
         from nncf.openvino.graph.model_utils import copy_rt_info
 
-        original = OVModelTransformer._insert_outputs
-    except (ImportError, AttributeError) as error:
+        original = vars(OVModelTransformer)["_insert_outputs"].__func__
+    except (ImportError, AttributeError, KeyError) as error:
         _step_aside("ordering calibration outputs", error)
         yield
         return
@@ -162,7 +166,7 @@ def calibration_outputs_first() -> Iterator[None]:
 
 
 def hide_length_warning(tokenizer: Any) -> None:
-    """Mark the warning about texts beyond the tokenizer's own limit as given: PixArt has another.
+    """Mark transformers' warning about long texts as already shown: PixArt's limit differs.
 
     Reaches into: transformers' `deprecation_warnings`, a dictionary of warnings already given.
     """
@@ -176,13 +180,14 @@ def hide_length_warning(tokenizer: Any) -> None:
 
 @contextlib.contextmanager
 def _replaced(owner: type, name: str, replacement: Any) -> Iterator[None]:
-    original = owner.__dict__[name]
-    setattr(owner, name, replacement)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
+    with _one_thread:
+        original = vars(owner)[name]
+        setattr(owner, name, replacement)
+        try:
+            yield
+        finally:
+            setattr(owner, name, original)
 
 
 def _step_aside(what: str, error: Exception) -> None:
-    logger.info("%s is left out: upstream has changed (%s).", what, error)
+    logger.warning("%s is left out: upstream has changed (%s).", what, error)

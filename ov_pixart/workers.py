@@ -1,4 +1,4 @@
-"""Python processes of their own: memory can be measured per process, and is freed with it.
+"""Run functions in separate Python processes: memory is measured per process, and freed with it.
 
     with Workers() as workers:
         workers.call("fp16", Timer, folder)           # makes an object in a process called "fp16"
@@ -38,7 +38,7 @@ class Workers:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
             start_new_session=True,  # Ctrl-C reaches this process, which then ends the others
         )
         return self
@@ -49,9 +49,16 @@ class Workers:
         Calling a class makes the object whose methods later calls name as strings. Raises
         WorkerError if the call fails or the process dies.
         """
-        request = pickle.dumps((worker, (function, args, kwargs)))  # whole, or nothing is sent
+        return self._exchange(worker, pickle.dumps((function, args, kwargs)))
+
+    def stop(self, worker: str) -> None:
+        """End one process; does nothing if it is not running."""
+        with contextlib.suppress(WorkerError):
+            self._exchange(worker, None)
+
+    def _exchange(self, worker: str, task: bytes | None) -> Any:
         try:
-            self._server.stdin.write(request)
+            pickle.dump((worker, task), self._server.stdin)
             self._server.stdin.flush()
             answer = pickle.load(self._server.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
@@ -60,19 +67,13 @@ class Workers:
             raise answer
         return answer
 
-    def stop(self, worker: str) -> None:
-        """End one process; does nothing if it was never started."""
-        pickle.dump((worker, None), self._server.stdin)
-        self._server.stdin.flush()
-        pickle.load(self._server.stdout)
-
     def __exit__(self, *exception: Any) -> None:
         with contextlib.suppress(OSError):
             self._server.stdin.close()  # the server ends its children and itself
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._server.wait(1 if any(exception) else 10)
         if hasattr(os, "killpg"):  # not on Windows
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):  # gone already; macOS may refuse
                 os.killpg(self._server.pid, signal.SIGKILL)
         self._server.kill()
         self._server.wait()
@@ -80,7 +81,7 @@ class Workers:
 
 
 def call_in_process(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a function in a process that takes its memory with it; raises WorkerError."""
+    """Call a function in a process of its own, which frees its memory; raises WorkerError."""
     with Workers() as workers:
         return workers.call("single", function, *args, **kwargs)
 
@@ -91,8 +92,8 @@ def call_in_process(function: Callable, *args: Any, **kwargs: Any) -> Any:
 def serve_requests() -> None:
     """Pass requests from stdin to worker processes and their answers to stdout, until stdin ends.
 
-    On Linux workers are forked from here, and share the half gigabyte of libraries that the first
-    request brought in.
+    On Linux workers are forked from here, and share the 0.5 GB of libraries that the first request
+    imported.
     """
     answers = os.fdopen(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
@@ -104,7 +105,13 @@ def serve_requests() -> None:
     workers: dict[str, tuple[Any, Connection]] = {}
     with contextlib.suppress(EOFError):
         while True:
-            name, task = pickle.load(requests)
+            name, request = pickle.load(requests)
+            try:
+                task = None if request is None else pickle.loads(request)
+            except Exception as error:  # such as a function of the caller's `__main__`
+                pickle.dump(_failure(error), answers)
+                answers.flush()
+                continue
             if name not in workers and task is not None:
                 near, far = context.Pipe()
                 others = (connection for _, connection in workers.values())
@@ -124,7 +131,7 @@ def _ask(process: Any, connection: Connection, task: Any) -> Any:
     try:
         connection.send(task)
         answer = connection.recv()
-    except (EOFError, OSError):  # a closed pipe shows in either way, by chance
+    except (EOFError, OSError):  # a closed pipe raises either
         process.join(5)
         return WorkerDied(f"its process died (exit code {process.exitcode})")
     if task is None:
@@ -135,7 +142,7 @@ def _ask(process: Any, connection: Connection, task: Any) -> Any:
 def _work(connection: Connection, *inherited: Any) -> None:
     """Do tasks until None comes, or the server ends. Failures are returned as one line.
 
-    `inherited`: the server's pipes, which would seem alive as long as a fork holds them open.
+    `inherited`: pipes of the server, closed here: a pipe does not end while any process holds it.
     """
     for pipe in inherited:
         pipe.close()
@@ -152,9 +159,13 @@ def _work(connection: Connection, *inherited: Any) -> None:
                     answer = function(*args, **kwargs)
                 connection.send(answer)
             except Exception as error:
-                reason = (str(error).strip().splitlines() or [""])[0][:200]
-                connection.send(WorkerError(f"{type(error).__name__}: {reason}"))
+                connection.send(_failure(error))
         connection.send(None)
+
+
+def _failure(error: Exception) -> WorkerError:
+    reason = (str(error).strip().splitlines() or [""])[0][:200]
+    return WorkerError(f"{type(error).__name__}: {reason}")
 
 
 if __name__ == "__main__":

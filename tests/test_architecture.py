@@ -20,10 +20,11 @@ ALLOWED = {
     "components": "ir memory",
     "pipeline": "components call_checks convert checkpoint hub ir storage upstream families "
     "checks quiet",
-    "calibration": "pipeline checkpoint storage ir memory checks quiet",
+    "loading": "pipeline checkpoint quiet",
+    "calibration": "pipeline loading checkpoint storage ir memory checks quiet",
     "optimize": "presets calibration checkpoint storage memory upstream ir compress cost "
     "checks quiet",
-    "compare": "pipeline components workers plots checkpoint memory checks",
+    "compare": "pipeline loading components workers plots checkpoint memory checks",
     # what these stand on
     "lora": "hub checks quiet",
     "hub": "checkpoint checks",

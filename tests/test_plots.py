@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ov_pixart.compare import Comparison
-from ov_pixart.plots import amplified_difference, draw_bars, show_images
+from ov_pixart.plots import add_bars, amplified_difference, show_images
 from tests.support.comparisons import gray, known_comparison
 
 
@@ -81,7 +81,7 @@ def test_show_images_puts_each_under_its_name(count):
 
 def test_bars_say_equal_for_the_reference_and_nothing_for_a_missing_number():
     figure, ax = plt.subplots()
-    draw_bars(ax, pd.Series({"a": np.inf, "b": np.nan, "c": 2.0}), "{:.1f}", colours={"c": "red"})
+    add_bars(ax, pd.Series({"a": np.inf, "b": np.nan, "c": 2.0}), "{:.1f}", colours={"c": "red"})
     plt.close(figure)
     assert [text.get_text() for text in ax.texts] == ["equal", "–", "2.0"]
     assert [bar.get_width() for bar in ax.patches] == [2.0]

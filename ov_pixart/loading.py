@@ -1,0 +1,35 @@
+"""`load_pipeline`: any PixArt folder, OpenVINO or torch, ready to generate without a bar."""
+
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from transformers import T5Tokenizer
+
+from ov_pixart.checkpoint import COMPONENTS, family_of, is_openvino_folder, load_component
+from ov_pixart.pipeline import PIPELINES
+from ov_pixart.quiet import hide_loading_bars, quiet
+
+
+def load_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
+    """Load a pipeline without its progress bar: an OpenVINO folder, or a torch one in float32.
+
+    `options`: arguments of `from_pretrained`, such as `device` or `ov_config`. Raises as
+    `from_pretrained` does.
+    """
+    folder = Path(folder)
+    family = family_of(folder)
+    if is_openvino_folder(folder):
+        pipeline = PIPELINES[family.name].from_pretrained(folder, **options)
+    else:
+        modules = {
+            component.folder: load_component(folder / component.folder, component.loader).float()
+            for component in COMPONENTS.values()
+        }
+        tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        with quiet(), hide_loading_bars():
+            pipeline = family.torch_class.from_pretrained(
+                folder, local_files_only=True, tokenizer=tokenizer, **modules, **options
+            )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
