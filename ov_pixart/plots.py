@@ -222,10 +222,8 @@ def activation_range_figure(values: np.ndarray, low: float, high: float) -> Figu
         ax.hist(data.ravel(), bins=200, color=COLOURS["whole"], log=True)
         for edge in (left, right):
             ax.axvline(edge, color=COLOURS["transformer"], linestyle="--")
-        ax.set_title(
-            f"{title}: {levels} of 256 levels\nfor the other channels, {quality:.0f} dB",
-            fontsize=11,
-        )
+        shared = f"{levels} of 256 levels for the other channels, {quality:.0f} dB"
+        ax.set_title(f"{title}:\n{shared}", fontsize=11)
         ax.set_xlabel("activation (dashed: the range of its 256 levels)")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("number of values (log scale)")

@@ -167,7 +167,8 @@ def test_a_server_that_dies_is_reported():
 
 
 INTERRUPTED = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from ov_pixart.workers import Workers
 
 with Workers() as workers:
