@@ -46,9 +46,19 @@ def print_much() -> str:
 
 
 def assert_all_ended(processes: list[psutil.Process]) -> None:
-    """Wait for the system to remove them; zombies of an adopting init count as ended."""
-    _, alive = psutil.wait_procs(processes, timeout=30)
-    assert not [one for one in alive if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    """Wait until none of them runs; a zombie that nobody collects has ended, too."""
+    for _ in range(1200):
+        if not any(map(is_alive, processes)):
+            return
+        psutil.wait_procs(processes, timeout=0.1)
+    raise AssertionError([process for process in processes if is_alive(process)])
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # ---- calls --------------------------------------------------------------------------------------
