@@ -59,9 +59,10 @@ class Run:
         state = {name: part.state_dict() for name, part in parts.items()} | {"step": self.step}
         save_atomically(state, self.folder / "state.pt")
 
-    def worth_compiling(self) -> bool:
-        """Compilation takes a minute, which a short stage never earns back."""
-        return self.steps >= 200
+    @property
+    def is_short(self) -> bool:
+        """Too short to earn back a minute of compilation, or to be measured carefully."""
+        return self.steps < 200
 
     def seeds(self, step: int) -> tuple[int, int, int]:
         """The seed of a step's random draws: a resumed run is the same as an unbroken one."""

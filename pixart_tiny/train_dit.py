@@ -75,7 +75,7 @@ def train_dit(
     denoiser = Denoiser(transformer).to(run.device)
     if start and (heads := run.output / start / "answers.pt").is_file():
         denoiser.load_state_dict(torch.load(heads, weights_only=True), strict=False)
-    if run.worth_compiling():
+    if not run.is_short:
         denoiser.compile_blocks()
     ema = Ema(transformer.parameters(), decay=0.999)
     condition = Conditioner(run.output / "text").to(run.device)

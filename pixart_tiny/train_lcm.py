@@ -212,7 +212,7 @@ def train_lcm(
     torch.manual_seed(SEED)
     transformer = PixArtTransformer2DModel.from_pretrained(run.output / start / "transformer")
     denoiser = Denoiser(transformer).to(run.device)
-    if run.worth_compiling():
+    if not run.is_short:
         denoiser.compile_blocks()
     ema = Ema(transformer.parameters(), decay=0.999)
     condition = Conditioner(run.output / "text").to(run.device)
