@@ -63,7 +63,7 @@ _CONVERSIONS = {  # name → checkpoint, component, weight_format, bounds in 10�
     "DiT XL, bf16 → fp16": (XL_1024, "transformer", "fp16", 0.5, 2.0),
     "DiT XL, bf16 → int8": (XL_1024, "transformer", "int8", 1.0, 2.0),
     "T5-XXL, bf16 → int4": (T5_XXL, "text_encoder", "int4", 3.0, 4.5),
-    "T5-XXL, bf16 → fp16": (T5_XXL, "text_encoder", "fp16", 1.0, 6.0),
+    "T5-XXL, bf16 → fp16": (T5_XXL, "text_encoder", "fp16", 1.0, 2.0),
 }
 _IMAGES = {  # name → pixels, options of load_pipeline, bounds in 10⁹ bytes
     "512² image, INT8": (512, {}, 6.5, 7.0),
@@ -106,7 +106,7 @@ def prepare(root: Path, name: str) -> MemoryTask:
     folder = _openvino(root, XL_512, "ov-fp16")
     arguments = {"folder": str(folder), "preset": "int8", "num_samples": FULL.num_samples}
     arguments["output"] = str(root / "scratch")
-    return MemoryTask(name, "optimize", arguments, 2.0, 12.0, [folder])
+    return MemoryTask(name, "optimize", arguments, 8.5, 10.0, [folder])
 
 
 def _checkpoint(root: Path, name: str) -> Path:

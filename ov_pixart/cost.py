@@ -10,8 +10,7 @@ from ov_pixart.checkpoint import stored_weights
 from ov_pixart.storage import check_disk
 
 BYTES_PER_WEIGHT = {"fp32": 4, "fp16": 2, "int8": 1, "int4": 0.6}  # on disk
-# Bytes of Python with torch, OpenVINO and NNCF, and of the matrix that is being compressed
-_PROCESS = 900_000_000
+_PROCESS = 900_000_000  # bytes of Python with torch, OpenVINO and NNCF
 _LARGEST_WORK = 500_000_000  # T5-XXL's embedding needs more, but before others were compressed
 
 
@@ -41,7 +40,8 @@ def conversion_cost(folder: Path, weight_format: str) -> ConversionCost:
     # NNCF compresses one matrix at a time, and holds some ten bytes per weight of it.
     work = (10 if weight_format in ("int8", "int4") else 4) * largest
     free = new + min(work, _LARGEST_WORK)
-    return ConversionCost(round(_PROCESS + new), round(free), round(1.02 * output))
+    memory = _PROCESS + max(new, 4 * largest)  # the largest matrix is among the first
+    return ConversionCost(round(memory), round(free), round(1.02 * output))
 
 
 def check_resources(costs: dict[str, ConversionCost], output_dir: Path) -> None:
