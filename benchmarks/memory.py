@@ -62,13 +62,13 @@ _CONVERSIONS = {  # name → checkpoint, component, weight_format, bounds in 10�
     "T5-XXL, bf16 → int8": (T5_XXL, "text_encoder", "int8", 5.0, 5.5),
     "DiT XL, bf16 → fp16": (XL_1024, "transformer", "fp16", 0.5, 2.0),
     "DiT XL, bf16 → int8": (XL_1024, "transformer", "int8", 1.0, 2.0),
-    "T5-XXL, bf16 → int4": (T5_XXL, "text_encoder", "int4", 3.0, 4.5),
+    "T5-XXL, bf16 → int4": (T5_XXL, "text_encoder", "int4", 4.5, 5.5),
     "T5-XXL, bf16 → fp16": (T5_XXL, "text_encoder", "fp16", 1.0, 2.0),
 }
 _IMAGES = {  # name → pixels, options of load_pipeline, bounds in 10⁹ bytes
     "512² image, INT8": (512, {}, 6.5, 7.0),
     "512² image, INT8, release_text_encoder": (512, {"release_text_encoder": True}, 6.0, 7.0),
-    "1024² image, INT8": (1024, {}, 6.5, 8.0),
+    "1024² image, INT8": (1024, {}, 7.0, 8.0),
 }
 _CALIBRATION = "Calibrating DiT XL and VAE at 512²"
 NAMES = (*_CONVERSIONS, *_IMAGES, _CALIBRATION)
