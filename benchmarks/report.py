@@ -28,7 +28,7 @@ _TITLES = {
     "convert_t5": "Conversion of T5-XXL",
 }
 _QUANTITIES = {
-    "seconds": "s",
+    "seconds": "seconds",
     "peak_rss_gb": "GB at the peak of the process, mapped files included",
 }
 _OF_ENGINES = {  # first part of an engine's name → colour

@@ -34,19 +34,26 @@ def compress_to_8_bits(model: ov.Model, ignored: set[str]) -> ov.Model:
 
 
 def compress_to_4_bits(
-    model: ov.Model, group_size: int, ignored: set[str], dataset: nncf.Dataset | None = None
+    model: ov.Model,
+    group_size: int,
+    ignored: set[str],
+    dataset: nncf.Dataset | None = None,
+    *,
+    others_in_8_bits: bool = False,
 ) -> ov.Model:
-    """Store weights as 4-bit integers with one scale per group; the others stay as they are.
+    """Store weights as 4-bit integers with one scale per group.
 
-    Matrices that do not divide into groups, embeddings and the last layer count as others.
-    `dataset`: calibration data that the scales are fitted to.
+    Matrices that do not divide into groups, embeddings and the last layer are left as they are, or
+    get 8 bits in the same pass: that takes less memory than a second pass. `dataset`: calibration
+    data that the scales are fitted to.
     """
+    backup = nncf.BackupMode.INT8_ASYM if others_in_8_bits else nncf.BackupMode.NONE
     return nncf.compress_weights(
         model,
         mode=nncf.CompressWeightsMode.INT4_SYM,
         ratio=1.0,
         group_size=group_size,
-        backup_mode=nncf.BackupMode.NONE,
+        backup_mode=backup,
         ignored_scope=ignored_scope(ignored),
         dataset=dataset,
         scale_estimation=dataset is not None,

@@ -155,7 +155,8 @@ def _compress(model: ov.Model, weight_format: str, config: Any) -> ov.Model:
     floating = matching_layers(model, _FLOATING)
     if weight_format == "int4":
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        model = compress_to_4_bits(model, int4_group_size(config), floating)
+        group_size = int4_group_size(config)
+        return compress_to_4_bits(model, group_size, floating, others_in_8_bits=True)
     return compress_to_8_bits(model, floating)
 
 

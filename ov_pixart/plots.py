@@ -36,8 +36,9 @@ _PANELS = {  # column of the table → title, unit, format of the numbers on the
 
 
 def finished(figure: Figure) -> Figure:
-    """Detach a figure from pyplot: a notebook would show it twice."""
+    """Detach a figure from pyplot, which would show it twice, in a size for a notebook's width."""
     plt.close(figure)
+    figure.set_dpi(80)
     return figure
 
 
