@@ -40,7 +40,7 @@ def conversion_cost(folder: Path, weight_format: str) -> ConversionCost:
     # NNCF compresses one matrix at a time, and holds some ten bytes per weight of it.
     work = (10 if weight_format in ("int8", "int4") else 4) * largest
     free = new + min(work, _LARGEST_WORK)
-    memory = _PROCESS + max(new, 4 * largest)  # the largest matrix is among the first
+    memory = _PROCESS + max(new, 5 * largest)  # the largest matrix is among the first
     return ConversionCost(round(memory), round(free), round(1.02 * output))
 
 
