@@ -459,7 +459,7 @@ def test_plots_show_every_engine_with_its_number(known):
     one = report.load(known)
     figure = one.plot()
     panels = [ax for ax in figure.axes if ax.get_title(loc="left")]
-    assert [ax.get_xlabel() for ax in panels] == ["s", "s"]
+    assert [ax.get_xlabel() for ax in panels] == ["seconds", "seconds"]
     labels = [label.get_text() for label in panels[0].get_yticklabels()]
     assert labels == ["torch-fp32", "ov-fp16", "ov-int8"]
     assert [text.get_text() for text in panels[0].texts] == ["8", "2", "1"]
