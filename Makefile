@@ -23,8 +23,7 @@ run: $(STAMP)
 test: check
 	@$(BIN)/python -m pytest tests
 	@rm -rf build/nbval
-	@$(BIN)/python -c "import pathlib, benchmarks.notebook as notebook; \
-	  notebook.copy_needed(pathlib.Path('build/nbval'))"
+	@$(BIN)/python -m benchmarks notebook --copy-to build/nbval
 	@cd build/nbval && $(CURDIR)/$(BIN)/python -m pytest --nbval \
 	  --nbval-sanitize-with $(CURDIR)/tests/nbval_sanitize.cfg pixart.ipynb
 
