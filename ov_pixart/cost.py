@@ -37,8 +37,8 @@ def conversion_cost(folder: Path, weight_format: str) -> ConversionCost:
         new = 0 if is_wide else 4 * count
     else:  # float32 becomes float16 first
         new = max(2 * count if is_wide else 0, output if weight_format != "fp16" else 0)
-    # NNCF compresses one matrix at a time, and holds some ten bytes per weight of it.
-    work = (10 if weight_format in ("int8", "int4") else 4) * largest
+    # NNCF compresses one matrix at a time, and holds ten (8 bits) to 14 bytes per weight of it.
+    work = {"int8": 10, "int4": 14}.get(weight_format, 4) * largest
     free = new + min(work, _LARGEST_WORK)
     memory = _PROCESS + max(new, 5 * largest)  # the largest matrix is among the first
     return ConversionCost(round(memory), round(free), round(1.02 * output))

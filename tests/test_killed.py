@@ -170,6 +170,7 @@ def test_two_processes_convert_into_the_same_folder_one_after_the_other(
     ]
     operations = sorted(runner.wait(child) - 100 for child in children)
     assert operations[0] > 0
-    assert operations[0] < operations[1] / 2  # the second found everything done
+    # the second found three components done; writing one takes at least eight calls to the disk
+    assert operations[1] - operations[0] >= 3 * 8
     check_openvino_folder(folder)
     assert not list(folder.rglob(".partial-*"))

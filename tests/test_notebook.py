@@ -102,4 +102,4 @@ def test_with_another_model_it_runs_to_its_end(checkpoint, tmp_path):
     assert "lcm will be converted" in printed
     assert "'num_inference_steps': 4" in printed
     assert "difference from PyTorch" not in printed
-    assert "ring" not in printed  # nothing that only PixArt-tiny knows
+    assert "blue ring" not in printed  # nothing that only PixArt-tiny knows
