@@ -242,7 +242,7 @@ class OpenVINOGenerator(_Generator):
 
 
 class TorchGenerator(_Generator):
-    """diffusers' pipeline; T5 is freed before DiT and VAE start, for want of memory.
+    """diffusers' pipeline; T5 is freed before DiT and VAE start, because memory is short.
 
     Loading is not timed. T5 is loaded anew for each image, and warmed up before the stopwatch
     starts; DiT and VAE stay in memory if they have 16 bits.

@@ -132,7 +132,6 @@ def choose_prompts(
 # ---- recorded trajectories ----------------------------------------------------------------------
 
 _PER_STEP = ("hidden_states", "timestep")  # the other inputs are the same for a whole image
-_DTYPES = {"encoder_attention_mask": np.int64}  # the other inputs are float32
 
 
 class CalibrationData:
@@ -245,19 +244,8 @@ def record_image(pipeline: OVPixArtPipeline, *, first: int, **call) -> dict[str,
     steps are spread evenly; `first`, the number of the image, shifts them by the golden ratio, so
     that consecutive images cover all steps.
     """
-    calls: list[dict[str, np.ndarray]] = []
-    transformer = pipeline.transformer
-
-    def record(inputs: dict[str, torch.Tensor | None]) -> np.ndarray:
-        given = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-        calls.append({k: v.numpy().astype(_DTYPES.get(k, np.float32)) for k, v in given.items()})
-        return type(transformer).infer(transformer, inputs)
-
-    transformer.infer = record
-    try:
+    with pipeline.transformer.recorded_calls() as calls:
         latents = pipeline(output_type="latent", use_resolution_binning=False, **call).images
-    finally:
-        del transformer.infer
     count = min(_SAMPLES_PER_IMAGE, len(calls))
     stride = len(calls) / count
     chosen = [int(stride * (i + (first * 0.382) % 1)) for i in range(count)]

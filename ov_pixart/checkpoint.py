@@ -185,7 +185,7 @@ def read_scheduler_name(folder: Path) -> str:
     return name
 
 
-_WRITTEN = {IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json", *RECORDS}
+COMPONENT_FILES = {IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json", *RECORDS}
 OUTPUT_FOLDERS = (*COMPONENTS, "tokenizer", "scheduler")
 
 
@@ -199,7 +199,7 @@ def check_replaceable(output_dir: Path, names: Iterable[str] = OUTPUT_FOLDERS) -
     for name in names:
         folder = output_dir / name
         found = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-        others = found - _WRITTEN if name in COMPONENTS else set() if ours else found
+        others = found - COMPONENT_FILES if name in COMPONENTS else set() if ours else found
         if others:
             raise ValueError(
                 f"output_dir={str(output_dir)!r} holds other files ({name}/{min(others)}): "

@@ -1,6 +1,8 @@
 """Compiled text encoder, transformer and VAE in the places of diffusers' own."""
 
+import contextlib
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -147,6 +149,17 @@ class OVPixArtTextEncoder(OVModelTextEncoder):
 class OVPixArtTransformer(OVPipelinePart):
     """Compiled DiT, called the way diffusers calls `PixArtTransformer2DModel`."""
 
+    _calls: list[dict[str, np.ndarray]] | None = None
+
+    @contextlib.contextmanager
+    def recorded_calls(self) -> Iterator[list[dict[str, np.ndarray]]]:
+        """A list of the inputs, by name, of every call that is made while the block runs."""
+        self._calls = []
+        try:
+            yield self._calls
+        finally:
+            self._calls = None
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -197,6 +210,8 @@ class OVPixArtTransformer(OVPipelinePart):
                 )
             dtype = torch.int64 if port.get_element_type() == ov.Type.i64 else torch.float32
             arrays[name] = np.ascontiguousarray(inputs[name].detach().to(dtype).numpy())
+        if self._calls is not None:
+            self._calls.append({name: array.copy() for name, array in arrays.items()})
         rows = len(arrays["hidden_states"])
         batch = self.model.input("hidden_states").get_partial_shape()[0]
         size = rows if batch.is_dynamic else batch.get_length()

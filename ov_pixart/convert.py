@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import T5EncoderModel, T5Tokenizer
 
 from ov_pixart.checkpoint import (
+    COMPONENT_FILES,
     COMPONENTS,
     FOLDERS,
     MODEL_INDEX,
@@ -33,13 +34,12 @@ from ov_pixart.compress import (
 )
 from ov_pixart.cost import ConversionCost, check_resources, conversion_cost
 from ov_pixart.hub import HubOptions, fetch_component, fetch_pipeline
-from ov_pixart.ir import IR_NAME, save_ir
+from ov_pixart.ir import save_ir
 from ov_pixart.lora import fetch_lora, fuse_lora
 from ov_pixart.memory import release_memory
 from ov_pixart.quiet import quiet, silent_nncf
 from ov_pixart.storage import (
     CONVERSION,
-    RECORDS,
     check_output,
     explain_write_errors,
     find_damage,
@@ -170,8 +170,8 @@ def _check_replaceable(output_dir: Path) -> None:
     """The folder of a component is replaced as a whole, so it must hold nothing else."""
     if output_dir.is_file():
         raise ValueError(f"output_dir={str(output_dir)!r} is a file: name a folder.")
-    ours = {IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json", *RECORDS}
-    others = {file.name for file in output_dir.iterdir()} - ours if output_dir.is_dir() else ()
+    found = {file.name for file in output_dir.iterdir()} if output_dir.is_dir() else set()
+    others = found - COMPONENT_FILES
     if others:
         raise ValueError(
             f"output_dir={str(output_dir)!r} holds other files ({min(others)}): name a new folder "

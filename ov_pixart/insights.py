@@ -116,18 +116,8 @@ def record_inputs(
     pipeline: OVPixArtPipeline, prompt: str, **call: Any
 ) -> tuple[Image.Image, list[dict[str, np.ndarray]]]:
     """Generate an image; return it and the inputs of every call of the DiT, by name."""
-    transformer, calls = pipeline.transformer, []
-    names = {port.get_any_name() for port in transformer.model.inputs}
-
-    def infer(inputs: dict[str, torch.Tensor | None]) -> np.ndarray:
-        calls.append({name: tensor.numpy() for name, tensor in inputs.items() if name in names})
-        return type(transformer).infer(transformer, inputs)
-
-    transformer.infer = infer
-    try:
+    with pipeline.transformer.recorded_calls() as calls:
         return pipeline(prompt, **call).images[0], calls
-    finally:
-        del transformer.infer
 
 
 def _with_cross_attention(model: ov.Model, config: dict[str, Any]) -> ov.CompiledModel:

@@ -220,7 +220,7 @@ def test_closing_the_iterator_stops_the_run_within_one_step(studio):
     PACE.hold_after(3)
     run = studio.generate(Settings(HEART, steps=50, version="FP16"))
     assert any(isinstance(update, Preview) and update.step == 3 for update in run)
-    assert next(run) is None  # a long step does not block whoever reads
+    assert next(run) is None  # a long step does not block the reader
     run.close()
     PACE.go_on()
     studio.close()  # waits for the run's thread
