@@ -22,6 +22,7 @@ with quiet_imports():  # missing torchvision and the like
     from ov_pixart.components import OVPixArtTextEncoder, OVPixArtTransformer, OVPixArtVae
     from ov_pixart.pipeline import OVDiffusionPipeline
     from ov_pixart.pipeline import OVPixArtAlphaPipeline, OVPixArtSigmaPipeline
+    from ov_pixart.guidance import count_evaluations
     from ov_pixart.loading import load_pipeline
     from ov_pixart.insights import WordMaps, film_strip, record_inputs, word_maps
 

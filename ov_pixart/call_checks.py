@@ -175,6 +175,23 @@ def _check_noise(call: dict[str, Any], images: int, limits: CallLimits) -> None:
         check_shape("latents", latents, (images, limits.latent_channels, *sides))
 
 
+def check_interval(guidance_scale: float, start: float, end: float) -> None:
+    """Check a guidance interval, in shares of the steps; warn where guidance is off anyway.
+
+    Raises ValueError with one line for an interval that does not work.
+    """
+    for name, share in {"guidance_start": start, "guidance_end": end}.items():
+        fits = is_number(share) and 0 <= share <= 1
+        check(fits, name, share, "a share of the steps, from 0 to 1")
+    check(start <= end, "guidance_start", start, f"guidance_end={end} or less")
+    if guidance_scale <= 1 and (start, end) != (0, 1):
+        warnings.warn(
+            f"guidance_start={start} and guidance_end={end} have no effect: "
+            f"guidance_scale={guidance_scale} switches guidance off in every step.",
+            stacklevel=4,  # the call of a pipeline, or of compare_pipelines
+        )
+
+
 def warn_of_cut_prompts(pipeline: DiffusionPipeline, call: dict[str, Any]) -> None:
     """Quote the end of a text that exceeds the limit, in one line per text.
 

@@ -306,6 +306,7 @@ class GenerationDefaults:
 
     `height` and `width` in pixels. `timesteps` is set for one-step (DMD) checkpoints only.
     `use_resolution_binning` is off where the checkpoint's family has no bins for its size.
+    `guidance_end`: the share of the steps that are guided, from the first.
     """
 
     num_inference_steps: int
@@ -315,13 +316,15 @@ class GenerationDefaults:
     width: int
     timesteps: tuple[int, ...] | None = None
     use_resolution_binning: bool = True
+    guidance_end: float = 1.0
 
 
 def default_settings(model_dir: str | Path) -> GenerationDefaults:
     """Read a checkpoint's recommended settings from its folder, OpenVINO or diffusers.
 
     LCM checkpoints take 4 steps without guidance (PixArt: any scale ≤ 1 switches it off), the
-    others 20 steps with scale 4.5. α takes prompts of 120 tokens, Σ of 300.
+    others 20 steps with scale 4.5. α takes prompts of 120 tokens, Σ of 300. Guidance ends early
+    where `model_index.json` has `_guidance_end`.
 
     DMD checkpoints take one step from the middle of the schedule. Nothing in their folder marks
     them but the scheduler that their model card asks for, DDPM, which no other α checkpoint comes
@@ -351,6 +354,7 @@ def default_settings(model_dir: str | Path) -> GenerationDefaults:
         return GenerationDefaults(
             num_inference_steps=1, guidance_scale=1.0, timesteps=(400,), **shape
         )
+    shape["guidance_end"] = read_model_index(folder).get("_guidance_end", 1.0)
     return GenerationDefaults(num_inference_steps=20, guidance_scale=4.5, **shape)
 
 

@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 from transformers import T5Tokenizer
 
 from ov_pixart.checkpoint import COMPONENTS, family_of, is_openvino_folder, load_component
+from ov_pixart.guidance import with_interval
 from ov_pixart.pipeline import PIPELINES
 from ov_pixart.quiet import hide_loading_bars, quiet
 
@@ -14,6 +15,7 @@ from ov_pixart.quiet import hide_loading_bars, quiet
 def load_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
     """Load a pipeline without its progress bar: an OpenVINO folder, or a torch one in float32.
 
+    The call of either takes `guidance_start` and `guidance_end`.
     `options`: arguments of `from_pretrained`, such as `device` or `ov_config`. Raises as
     `from_pretrained` does.
     """
@@ -28,7 +30,7 @@ def load_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
         }
         tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         with quiet(), hide_loading_bars():
-            pipeline = family.torch_class.from_pretrained(
+            pipeline = with_interval(family.torch_class).from_pretrained(
                 folder, local_files_only=True, tokenizer=tokenizer, **modules, **options
             )
     pipeline.set_progress_bar_config(disable=True)

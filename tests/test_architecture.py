@@ -18,13 +18,14 @@ ALLOWED = {
     "trace": "upstream ir quiet",
     "convert": "trace checkpoint storage memory upstream ir compress cost hub lora checks quiet",
     "components": "ir memory",
-    "pipeline": "components call_checks convert checkpoint hub ir storage upstream families "
-    "checks quiet",
-    "loading": "pipeline checkpoint quiet",
+    "guidance": "call_checks",
+    "pipeline": "components guidance call_checks convert checkpoint hub ir storage upstream "
+    "families checks quiet",
+    "loading": "pipeline guidance checkpoint quiet",
     "calibration": "pipeline loading checkpoint storage ir memory checks quiet",
     "optimize": "presets calibration checkpoint storage memory upstream ir compress cost "
     "checks quiet",
-    "compare": "pipeline loading components workers plots checkpoint memory checks",
+    "compare": "pipeline loading components call_checks workers plots checkpoint memory checks",
     # what these stand on
     "lora": "hub checks quiet",
     "hub": "checkpoint checks",
