@@ -18,7 +18,9 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from tqdm.auto import tqdm
 
 from ov_pixart import plots
+from ov_pixart.call_checks import check_interval
 from ov_pixart.checkpoint import (
+    GenerationDefaults,
     check_openvino_folder,
     check_torch_folder,
     default_settings,
@@ -40,8 +42,9 @@ def compare_pipelines(
     prompts: str | list[str],
     *,
     seeds: int | list[int],
-    num_inference_steps: int | None = None,
-    guidance_scale: float | None = None,
+    num_inference_steps: int | dict[str, int] | None = None,
+    guidance_scale: float | dict[str, float] | None = None,
+    guidance_end: float | dict[str, float] | None = None,
     scorer: Scorer | None = None,
     reference: str | None = None,
 ) -> "Comparison":
@@ -49,9 +52,9 @@ def compare_pipelines(
 
     `pipelines`: a label for each folder, OpenVINO or diffusers (that one runs in torch float32).
     `seeds`: one for each prompt, or one for all; one prompt may also have several seeds. Steps and
-    guidance: those of the reference's checkpoint by default. `reference`: the label whose images
-    the others are compared with, by default the first. `scorer(images, prompts)` returns one
-    number per image, the higher the better.
+    guidance: one number for all, or numbers by label; by default those of the reference's
+    checkpoint. `reference`: the label whose images the others are compared with, by default the
+    first. `scorer(images, prompts)` returns one number per image, the higher the better.
 
     Each pipeline has a process of its own, so that its memory can be measured, and they take
     turns, so that a machine that slows down slows all of them. One short image warms up first.
@@ -63,23 +66,19 @@ def compare_pipelines(
     folders = {label: Path(folder) for label, folder in pipelines.items()}
     reference = next(iter(folders), None) if reference is None else reference
     pairs = _check_compare(folders, prompts, seeds, reference)
-    settings = default_settings(folders[reference])
-    steps = settings.num_inference_steps if num_inference_steps is None else num_inference_steps
-    scale = settings.guidance_scale if guidance_scale is None else guidance_scale
-    call = {
-        "num_inference_steps": steps,
-        "guidance_scale": scale,
-        "use_resolution_binning": settings.use_resolution_binning,
+    given = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "guidance_end": guidance_end,
     }
-    if num_inference_steps is None and settings.timesteps:
-        call["timesteps"] = list(settings.timesteps)
+    calls = _calls_by_label(list(folders), given, default_settings(folders[reference]))
     sizes = {label: sizes_mb(folder) for label, folder in folders.items()}
     # estimated memory: weights, their repacked copy and activations (× 1.5), plus the process
     needs = {label: 1.5 * sum(size.values()) + 300 for label, size in sizes.items()}
     runs: dict[str, list[ImageRun]] = {}
     with tqdm(total=(1 + len(pairs)) * len(folders), unit="image") as bar:
         for group in group_by_memory(needs, 0.8 * psutil.virtual_memory().available / 1e6):
-            runs |= _take_turns({label: folders[label] for label in group}, pairs, call, bar)
+            runs |= _take_turns({label: folders[label] for label in group}, pairs, calls, bar)
     return evaluate(runs, sizes, pairs, reference, scorer)
 
 
@@ -114,6 +113,26 @@ def _check_compare(
     return list(zip(prompts, seeds, strict=True))
 
 
+def _calls_by_label(
+    labels: list[str], given: dict[str, Any], settings: GenerationDefaults
+) -> dict[str, dict[str, Any]]:
+    """Arguments of each pipeline's call; `given`: one value for all, values by label, or None."""
+    calls = {}
+    for label in labels:
+        call: dict[str, Any] = {"use_resolution_binning": settings.use_resolution_binning}
+        for name, value in given.items():
+            if isinstance(value, dict):
+                rule = f"numbers by label, of {', '.join(map(repr, labels))}"
+                check(value.keys() <= set(labels), name, value, rule)
+                value = value.get(label)
+            call[name] = getattr(settings, name) if value is None else value
+            if name == "num_inference_steps" and value is None and settings.timesteps:
+                call["timesteps"] = list(settings.timesteps)
+        check_interval(call["guidance_scale"], 0.0, call["guidance_end"])
+        calls[label] = call
+    return calls
+
+
 # ---- generate and time --------------------------------------------------------------------------
 
 
@@ -130,7 +149,10 @@ class ImageRun:
 
 
 def _take_turns(
-    folders: dict[str, Path], pairs: list[tuple[str, int]], call: dict[str, Any], bar: tqdm
+    folders: dict[str, Path],
+    pairs: list[tuple[str, int]],
+    calls: dict[str, dict[str, Any]],
+    bar: tqdm,
 ) -> dict[str, list[ImageRun]]:
     """Generate every image with every pipeline in turn."""
     runs: dict[str, list[ImageRun]] = {label: [] for label in folders}
@@ -138,13 +160,13 @@ def _take_turns(
         for label, folder in folders.items():
             bar.set_description(f"Warming up {label}")
             _call(workers, label, Timer, folder)
-            short = {**call, "num_inference_steps": min(2, call["num_inference_steps"])}
-            _call(workers, label, "run", *pairs[0], **short)
+            short = {"num_inference_steps": min(2, calls[label]["num_inference_steps"])}
+            _call(workers, label, "run", *pairs[0], **{**calls[label], **short})
             bar.update()
         for prompt, seed in pairs:
             for label in folders:
                 bar.set_description(f"Generating with {label}")
-                runs[label].append(_call(workers, label, "run", prompt, seed, **call))
+                runs[label].append(_call(workers, label, "run", prompt, seed, **calls[label]))
                 bar.update()
     return runs
 

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,8 +117,12 @@ def generate(
     steps: int,
     guidance_scale: float,
     batch: int = 10,
+    **call: Any,
 ) -> list[Image.Image]:
-    """One image per (caption, seed). Each has its own generator: batches change nothing."""
+    """One image per (caption, seed). Each has its own generator: batches change nothing.
+
+    `call`: further arguments of the pipeline's call.
+    """
     images = []
     for start in tqdm(range(0, len(captions), batch), desc="images", mininterval=5):
         group = captions[start : start + batch]
@@ -128,6 +133,7 @@ def generate(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for _, seed in group],
+            **call,
         ).images
     return images
 
@@ -248,11 +254,16 @@ def format_table(results: dict[Row, dict[str, dict[str, float]]]) -> str:
 
 
 def evaluate(
-    folder: Path, rows: Sequence[Row], *, count: int = 200, guidance_scale: float | None = None
+    folder: Path,
+    rows: Sequence[Row],
+    *,
+    count: int = 200,
+    guidance_scale: float | None = None,
+    guidance_end: float | None = None,
 ) -> dict[Row, dict[str, dict[str, float]]]:
     """Row → figures, as in `tally`, with the "bound"; writes contact sheets to build/evaluation/.
 
-    `guidance_scale`: by default the checkpoint's own.
+    `guidance_scale`, `guidance_end`: by default the checkpoint's own.
 
     Raises: ValueError for a solver that does not fit the checkpoint's scheduler.
     """
@@ -265,8 +276,11 @@ def evaluate(
     if not isinstance(vae, AutoencoderKL):  # OpenVINO folders have no encoder
         vae = AutoencoderKL.from_pretrained(CHECKPOINT / "vae")
     bound = cache(lambda height, width: cleanness_bound(vae, texts, height, width))
+    defaults = default_settings(folder)
     if guidance_scale is None:
-        guidance_scale = default_settings(folder).guidance_scale
+        guidance_scale = defaults.guidance_scale
+    if guidance_end is None:
+        guidance_end = defaults.guidance_end
     scheduler, results = pipeline.scheduler, {}
     OUTPUT.mkdir(parents=True, exist_ok=True)
     for row in rows:
@@ -279,6 +293,7 @@ def evaluate(
             width=width,
             steps=row.steps,
             guidance_scale=guidance_scale,
+            guidance_end=guidance_end,
         )
         contact_sheet(images[:SHEET]).save(OUTPUT / f"{file_name(folder, row)}.png")
         results[row] = tally(images, texts) | {"bound": bound(height, width)}
@@ -321,6 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", default="1:1", choices=image_sizes(CHECKPOINT))
     parser.add_argument("--steps", type=int, help="default: the checkpoint's own, 20 or 4")
     parser.add_argument("--guidance-scale", type=float, help="default: its own, 4.5 or 0")
+    parser.add_argument("--guidance-end", type=float, help="share of the steps; default: its own")
     parser.add_argument("--solver", choices=("dpmsolver++", "sde-dpmsolver++"))
     parser.add_argument("--targets", action="store_true", help="every row that has a target")
     parser.add_argument("--count", type=int, default=200, help="the list's first N captions")
@@ -328,7 +344,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own_steps = default_settings(given.folder).num_inference_steps
     row = find_row(own_steps, given.shape, given.steps, given.solver)
     rows = TARGETS[own_steps] if given.targets else [row]
-    results = evaluate(given.folder, rows, count=given.count, guidance_scale=given.guidance_scale)
+    results = evaluate(
+        given.folder,
+        rows,
+        count=given.count,
+        guidance_scale=given.guidance_scale,
+        guidance_end=given.guidance_end,
+    )
     name = "-".join(given.folder.parts[-2:]) if given.targets else file_name(given.folder, row)
     figures = {str(row): found for row, found in results.items()}
     (OUTPUT / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")

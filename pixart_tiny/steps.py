@@ -15,8 +15,12 @@ import ov_pixart_helper as ovp
 from pixart_tiny import evaluate, oracle, scenes
 
 RESULT = Path("assets/bench/pixart-tiny-steps.json")
-GUIDED_STEPS = (4, 6, 8, 12, 16, 20)
-FEW_STEPS = (1, 2, 4)
+FEW_STEP = "few-step model, LCM"
+VERSIONS = (  # label, numbers of steps, the share of them that is guided
+    ("guided, DPM-Solver++", (4, 6, 8, 12, 16, 20), 1.0),
+    ("guided in the first 35 %", (12, 16, 20), 0.35),
+    (FEW_STEP, (1, 2, 4), 1.0),
+)
 
 
 def measure(guided: Path, few_step: Path, count: int) -> list[dict]:
@@ -25,11 +29,10 @@ def measure(guided: Path, few_step: Path, count: int) -> list[dict]:
     captions = [caption for caption, _ in rows]
     objects = [len(scenes.parse_caption(caption).objects) for caption in captions]
     points = []
-    for version, folder, numbers, rows_per_step in (
-        ("guided, DPM-Solver++", guided, GUIDED_STEPS, 2),
-        ("few-step model, LCM", few_step, FEW_STEPS, 1),
-    ):
+    for version, numbers, guidance_end in VERSIONS:
+        folder = few_step if version == FEW_STEP else guided
         pipeline, settings = ovp.load_pipeline(folder), ovp.default_settings(folder)
+        guidance = {"guidance_scale": settings.guidance_scale, "guidance_end": guidance_end}
         for steps in numbers:
             images = evaluate.generate(
                 pipeline,
@@ -37,18 +40,18 @@ def measure(guided: Path, few_step: Path, count: int) -> list[dict]:
                 height=settings.height,
                 width=settings.width,
                 steps=steps,
-                guidance_scale=settings.guidance_scale,
+                **guidance,
             )
             scores = oracle.score_pictures(images, captions)
             right = {
-                count: np.mean([s for s, n in zip(scores, objects, strict=True) if n == count])
-                for count in (1, 2)
+                number: np.mean([s for s, n in zip(scores, objects, strict=True) if n == number])
+                for number in (1, 2)
             }
             points.append(
                 {
                     "version": version,
                     "steps": steps,
-                    "evaluations": steps * rows_per_step,
+                    "evaluations": ovp.count_evaluations(steps, **guidance),
                     "captions": count,
                     "one_object": round(100 * float(right[1]), 1),
                     "two_objects": round(100 * float(right[2]), 1),

@@ -137,6 +137,35 @@ def test_every_stage_is_timed(compared):
     assert list(table["score"]) == [4.5, 4.5]
 
 
+@pytest.mark.slow
+def test_steps_and_guidance_may_differ_by_label(folders):
+    versions = {"all": folders["openvino"], "half": folders["openvino"], "torch": folders["torch"]}
+    compared = compare_pipelines(
+        versions,
+        "a star",
+        seeds=5,
+        num_inference_steps={"all": 3, "half": 4, "torch": 4},
+        guidance_end={"half": 0.5, "torch": 0.5},
+        reference="torch",
+    )
+    steps = {label: len(run.step_s) for label, (run,) in compared.runs.items()}
+    assert steps == {"all": 3, "half": 4, "torch": 4}
+    assert compared.psnr_db["half"][0] > 50 > compared.psnr_db["all"][0]
+
+
+def test_an_interval_without_guidance_is_mentioned_at_once(folders, monkeypatch):
+    class NoWorkers(Exception):
+        pass
+
+    def refuse():
+        raise NoWorkers
+
+    monkeypatch.setattr(compare, "Workers", refuse)
+    with pytest.warns(UserWarning, match="have no effect") as caught, pytest.raises(NoWorkers):
+        compare_pipelines(folders, "red", seeds=1, guidance_scale=1.0, guidance_end={"torch": 0.5})
+    assert caught[0].filename == __file__
+
+
 def test_memory_is_that_of_the_workers(compared):
     """A worker starts anew: what this process holds does not count."""
     assert (compared.to_dataframe()["peak_memory_mb"].between(200, 3000)).all()
@@ -239,6 +268,9 @@ def test_a_worker_that_dies_is_reported_with_the_remedy(folders, monkeypatch):
         ("seeds=", {"seeds": []}),
         ("prompts=", {"prompts": []}),
         ("pipelines=", {"pipelines": {}}),
+        ("guidance_end=2 does not work", {"guidance_end": 2}),
+        ("guidance_end=2 does not work", {"guidance_end": {"openvino": 2}}),
+        (r"num_inference_steps=.'c': 4.*'torch', 'openvino'", {"num_inference_steps": {"c": 4}}),
     ],
 )
 def test_wrong_arguments_are_refused_before_a_process_starts(folders, words, change, monkeypatch):

@@ -95,6 +95,8 @@ def updates(studio: Studio, settings: Settings) -> list:
         ("steps", "20"),
         ("guidance", -1),
         ("guidance", float("nan")),
+        ("guidance_end", 35),
+        ("guidance_end", None),
         ("images", 100),
         ("style", "Baroque"),
         ("aspect_ratio", "5:17"),
@@ -141,10 +143,10 @@ def test_another_version_keeps_what_its_model_can_use(tmp_path, studio):
         "LCM": asked.read_model_info(fake_folder(tmp_path / "lcm", few_step=True)),
         "XL": asked.read_model_info(fake_folder(tmp_path / "xl", vocabulary=32_128)),
     }
-    mine = Settings(HEART, style="On navy", steps=7, guidance=3, version="FP16")
+    mine = Settings(HEART, style="On navy", steps=7, guidance=3, guidance_end=0.5, version="FP16")
     assert asked.fit(mine, "FP16", "INT8", models) == replace(mine, version="INT8")
     few = asked.fit(mine, "FP16", "LCM", models)
-    assert (few.steps, few.guidance, few.style) == (4, 0, "On navy")
+    assert (few.steps, few.guidance, few.guidance_end, few.style) == (4, 0, 1, "On navy")
     assert asked.fit(mine, "FP16", "XL", models).style == asked.NO_STYLE
 
 
@@ -158,7 +160,7 @@ def test_make_demo_names_what_is_missing(tmp_path, folders):
 
 
 def test_the_png_carries_its_settings(tmp_path):
-    settings = Settings("ein Herz 🦊 <b>", "blur", asked.NO_STYLE, 3, 5, 2.0, 1, "4:3", "FP16")
+    settings = Settings("ein Herz 🦊 <b>", "blur", asked.NO_STYLE, 3, 5, 2.0, 1, "4:3", "FP16", 0.5)
     path = asked.save_image(Image.new("RGB", (8, 8)), tmp_path, settings)
     assert read_settings(path) == settings
 
@@ -182,6 +184,32 @@ def test_html_in_an_error_or_a_note_is_shown_as_text():
     nasty = '"><script>alert(1)</script>'
     markup = looks.status(looks.reason(ValueError(nasty)), nasty)
     assert "<script" not in markup and markup.count("&lt;script") == 2
+
+
+@pytest.mark.parametrize(("guidance", "passed"), [(4.5, 0.35), (1.0, 1.0)])
+def test_the_interval_reaches_the_pipeline_and_the_line_below_the_status(
+    guidance, passed, studio, monkeypatch
+):
+    calls = []
+
+    class Watched(FakePipeline):
+        def __call__(self, *args, guidance_end, **kwargs):
+            calls.append(guidance_end)
+            return super().__call__(*args, **kwargs)
+
+    monkeypatch.setattr(studio_module, "load_pipeline", Watched)
+    settings = Settings(HEART, guidance=guidance, guidance_end=0.35, steps=2, version="FP16")
+    updates(studio, settings)
+    assert calls == [passed]
+    line = asked.describe(settings, studio.models["FP16"])
+    assert ("guidance 4.5 in the first 35%" in line) == (guidance > 1)
+
+
+def test_a_recommended_interval_is_the_pages_own(tmp_path):
+    folder = fake_folder(tmp_path / "tiny")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_guidance_end": 0.35}))
+    assert asked.read_model_info(folder).guidance_end == 0.35
 
 
 # -- runs --------------------------------------------------------------------------------------
@@ -286,6 +314,7 @@ def test_generate_returns_png_files_that_carry_their_settings(client):
     assert [read_settings(path).seed for path in images] == [5, 6]
     assert all(Image.open(path).format == "PNG" for path in images)
     assert (details["steps"], details["guidance"], details["version"]) == (20, 4.5, "FP16")
+    assert details["guidance_end"] == 1
     again, _ = client.predict(HEART, seed=6, api_name="/generate")
     assert np.array_equal(Image.open(again[0]), Image.open(images[1]))
 

@@ -22,8 +22,11 @@ class PerfectPipeline:
     def set_progress_bar_config(self, **_):
         pass
 
-    def __call__(self, prompts, *, height, width, generator, num_inference_steps, guidance_scale):
-        self.calls.append((len(prompts), height, width, num_inference_steps, guidance_scale))
+    def __call__(
+        self, prompts, *, height, width, generator, num_inference_steps, guidance_scale, **interval
+    ):
+        guidance = (guidance_scale, *interval.values())
+        self.calls.append((len(prompts), height, width, num_inference_steps, *guidance))
         images = [self.render(p, height, width) for p in prompts]
         return SimpleNamespace(images=images)
 
@@ -95,14 +98,15 @@ def test_the_command_prints_one_row_and_writes_figures_and_sheet(pipeline, tmp_p
     figures = json.loads((tmp_path / "assets-pixart-tiny-4x3-20.json").read_text())
     assert figures["4:3, 20 steps"]["one object"]["right"] == 100
     assert Image.open(tmp_path / "assets-pixart-tiny-4x3-20.png").size == (8 * 288, 224)
-    assert pipeline.calls == [(2, 224, 288, 20, 4.5)]
+    settings = evaluate.default_settings(evaluate.CHECKPOINT)
+    assert pipeline.calls == [(2, 224, 288, 20, 4.5, settings.guidance_end)]
 
 
 def test_the_command_can_change_steps_guidance_and_solver(pipeline, capsys):
     arguments = ["--count", "1", "--steps", "12", "--guidance-scale", "2"]
-    evaluate.main([*arguments, "--solver", "dpmsolver++"])
+    evaluate.main([*arguments, "--guidance-end", "0.35", "--solver", "dpmsolver++"])
     assert "| 1:1, 12 steps, dpmsolver++ | 100.0 % (≥ 94) |" in capsys.readouterr().out
-    assert pipeline.calls == [(1, 256, 256, 12, 2.0)]
+    assert pipeline.calls == [(1, 256, 256, 12, 2.0, 0.35)]
     assert pipeline.scheduler.config.algorithm_type == "dpmsolver++"
 
 

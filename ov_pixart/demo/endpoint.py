@@ -30,18 +30,22 @@ def endpoint(studio: Studio, default: str) -> Callable[..., tuple[list[dict], di
         images: int = 1,
         aspect_ratio: str = "1:1",
         version: str = default,
+        guidance_end: float | None = None,
     ) -> tuple[list[dict], dict]:
         """Generate; returns the PNG files and a dictionary with settings, seconds and notes.
 
-        Steps and guidance default to the version's own.
+        Steps and guidance default to the version's own. `guidance_end`: the share of the steps that
+        are guided, from 0 to 1.
         """
         if version in studio.models:
             model = studio.models[version]
             steps = model.steps if steps is None else steps
             guidance = model.guidance if guidance is None else guidance
+            guidance_end = model.guidance_end if guidance_end is None else guidance_end
         settings = Settings(
-            prompt, negative_prompt, style, seed, steps, guidance, images, aspect_ratio, version
-        )
+            prompt, negative_prompt, style, seed, steps, guidance, images, aspect_ratio, version,
+            guidance_end,
+        )  # fmt: skip
         if found := problems(settings, studio.models):
             message = " ".join(f"{name}: {text}" for name, text in found.items())
             raise gr.Error(message, print_exception=False)

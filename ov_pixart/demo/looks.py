@@ -68,6 +68,12 @@ def guidance_looks(model: ModelInfo) -> dict[str, Any]:
     return {"info": built_in if model.few_step else how, "interactive": not model.few_step}
 
 
+def interval_looks(guidance: float) -> dict[str, Any]:
+    how = "Guided are the first steps; every step after them takes half the time."
+    off = "Has no effect: needs a guidance above 1."
+    return {"info": how if guidance > 1 else off, "interactive": guidance > 1}
+
+
 def negative_looks(guidance: float) -> dict[str, Any]:
     info = "What to keep out." if guidance > 1 else "Has no effect: needs a guidance above 1."
     return {"info": info, "interactive": guidance > 1}

@@ -18,6 +18,7 @@ from ov_pixart.demo.looks import (
     dropdown,
     facts,
     guidance_looks,
+    interval_looks,
     negative_looks,
     newest,
     reason,
@@ -120,6 +121,10 @@ class Page:
                 0, limits.MAX_GUIDANCE, model.guidance, step=0.1, label="Guidance",
                 elem_id="guidance", **guidance_looks(model),
             )  # fmt: skip
+            c["guidance_end"] = gr.Slider(
+                0, 1, model.guidance_end, step=0.05, label="Guided share of the steps",
+                elem_id="guidance-end", **interval_looks(model.guidance),
+            )  # fmt: skip
             c["negative_prompt"] = gr.Textbox(
                 "", label="Negative prompt", max_length=longest, elem_id="negative-prompt",
                 **negative_looks(model.guidance),
@@ -196,8 +201,9 @@ class Page:
         on(self.history.select, self.show, self.history, page, **quick)
         on(self.reuse.click, self.restore, self.stage, page, **quick)
         on(c["version"].input, self.change_version, {*c.values(), self.previous}, page, **quick)
-        on(c["guidance"].change, lambda scale: gr.update(**negative_looks(scale)),
-           c["guidance"], c["negative_prompt"], **quick)
+        on(c["guidance"].change,
+           lambda scale: [gr.update(**f(scale)) for f in (interval_looks, negative_looks)],
+           c["guidance"], [c["guidance_end"], c["negative_prompt"]], **quick)
         on(self.randomise.change, lambda random: gr.update(interactive=not random),
            self.randomise, c["seed"], **quick)
         on(self.divider.input, lambda position: gr.update(slider_position=position),

@@ -64,6 +64,7 @@ class Settings:
     images: int = 1
     aspect_ratio: str = "1:1"
     version: str = ""
+    guidance_end: float = 1.0  # the share of the steps that are guided, from the first
 
     @property
     def seeds(self) -> list[int]:
@@ -87,6 +88,7 @@ class ModelInfo:
     knows_scenes: bool  # PixArt-tiny: captions of geometric scenes only
     size_mb: float
     timesteps: tuple[int, ...] | None = None  # where one-step models (DMD) start
+    guidance_end: float = 1.0
 
     @property
     def min_steps(self) -> int:
@@ -115,6 +117,7 @@ def read_model_info(ov_dir: Path) -> ModelInfo:
         knows_scenes=text_encoder.get("vocab_size", 32_128) < 2_000,
         size_mb=sum(f.stat().st_size for f in ov_dir.rglob("*") if f.is_file()) / 1e6,
         timesteps=defaults.timesteps,
+        guidance_end=defaults.guidance_end,
     )
 
 
@@ -138,8 +141,10 @@ def problems(settings: Settings, models: dict[str, ModelInfo]) -> dict[str, str]
         value = getattr(settings, name)
         if type(value) is not int or not low <= value <= high:
             found[name] = f"Enter a whole number from {low} to {high}."
-    if type(settings.guidance) not in (int, float) or not 0 <= settings.guidance <= MAX_GUIDANCE:
-        found["guidance"] = f"Enter a number from 0 to {MAX_GUIDANCE:g}."
+    for name, most in (("guidance", MAX_GUIDANCE), ("guidance_end", 1)):
+        value = getattr(settings, name)
+        if type(value) not in (int, float) or not 0 <= value <= most:
+            found[name] = f"Enter a number from 0 to {most:g}."
     for name, choices in (("style", model.styles), ("aspect_ratio", model.sizes)):
         if getattr(settings, name) not in choices:
             found[name] = f"Choose one of: {', '.join(choices)}."
@@ -150,8 +155,9 @@ def fit(settings: Settings, old: str, new: str, models: dict[str, ModelInfo]) ->
     """The same request for version `new`; another kind of model has its own steps and guidance."""
     before, model = models[old], models[new]
     changes: dict[str, Any] = {"version": new}
-    if (before.steps, before.guidance) != (model.steps, model.guidance):
-        changes |= {"steps": model.steps, "guidance": model.guidance}
+    own = ("steps", "guidance", "guidance_end")
+    if any(getattr(before, name) != getattr(model, name) for name in own):
+        changes |= {name: getattr(model, name) for name in own}
     if settings.style not in model.styles:
         changes["style"] = NO_STYLE
     if settings.aspect_ratio not in model.sizes:
@@ -173,7 +179,8 @@ def describe(settings: Settings, model: ModelInfo) -> str:
     height, width = model.sizes[settings.aspect_ratio]
     parts = [settings.version, f"seed {settings.seed}", f"{settings.steps} steps"]
     if settings.guidance > 1:
-        parts.append(f"guidance {settings.guidance:g}")
+        part = f" in the first {settings.guidance_end:.0%}" if settings.guidance_end < 1 else ""
+        parts.append(f"guidance {settings.guidance:g}{part}")
     parts.append(f"{width} × {height}")
     if settings.style != NO_STYLE:
         parts.append(settings.style)

@@ -181,6 +181,7 @@ def _call_arguments(settings: Settings, model: ModelInfo) -> dict[str, Any]:
         "num_inference_steps": settings.steps,
         "timesteps": list(model.timesteps) if own_timesteps else None,
         "guidance_scale": settings.guidance,
+        "guidance_end": settings.guidance_end if settings.guidance > 1 else 1.0,
         "num_images_per_prompt": settings.images,
         "height": height,
         "width": width,
