@@ -24,6 +24,7 @@ class Case:
     pixels: int = 512
     steps: int = 1
     guidance: float = 0.0
+    guidance_end: float = 1.0  # share of the steps
 
 
 CASES = {
@@ -43,6 +44,18 @@ CASES = {
             steps=20,
             guidance=4.5,
         ),
+        *(
+            Case(
+                f"image_512_{steps}step_cfg{100 * end:.0f}",
+                "image",
+                XL_512,
+                f"An image of 512² in {steps} steps, guidance in the first {100 * end:.0f} %",
+                steps=steps,
+                guidance=4.5,
+                guidance_end=end,
+            )
+            for steps, end in ((20, 0.5), (20, 0.35), (16, 0.35))
+        ),
         Case("convert_dit", "convert", XL_1024, "Conversion of the DiT (1024-MS)", 1024),
         Case("convert_t5", "convert", T5_XXL, "Conversion of the T5-XXL encoder"),
     )
@@ -61,6 +74,8 @@ def engines_of(case: Case) -> tuple[str, ...]:
     """The engines that make sense for a case."""
     if case.kind == "convert":
         return (PUBLISHED_RECIPE, *WEIGHT_FORMATS)
+    if case.guidance_end < 1:  # of one engine: the others save the same share
+        return ("ov-int8",)
     return (*TORCH, *OPENVINO)
 
 

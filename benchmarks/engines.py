@@ -236,7 +236,7 @@ class OpenVINOGenerator(_Generator):
         self.pipeline = load_pipeline(folder, compile=False)
 
     def generate(self, turn: int, steps: int) -> tuple[float, Any]:
-        call = self.call(turn, steps)
+        call = self.call(turn, steps) | {"guidance_end": self.case.guidance_end}
         self.pipeline.text_encoder.clear_cache()  # or the negative prompt is encoded only once
         return clock(lambda: self.pipeline(self.prompts[turn], **call).images)
 

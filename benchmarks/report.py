@@ -24,6 +24,9 @@ _TITLES = {
     "t5_encode_120": "T5-XXL, a prompt of 30 tokens",
     "image_512_4step": "Image of 512², 4 steps",
     "image_512_20step_cfg": "Image of 512², 20 steps, guided",
+    "image_512_20step_cfg50": "Image of 512², 20 steps, half of them guided",
+    "image_512_20step_cfg35": "Image of 512², 20 steps, 35 % of them guided",
+    "image_512_16step_cfg35": "Image of 512², 16 steps, 35 % of them guided",
     "convert_dit": "Conversion of the DiT",
     "convert_t5": "Conversion of T5-XXL",
 }

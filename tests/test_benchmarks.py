@@ -155,9 +155,10 @@ def test_results_of_another_machine_are_kept_apart(measured, tmp_path, monkeypat
 @pytest.mark.slow
 def test_whole_images_are_timed_with_torch_and_openvino(tmp_path):
     engines = ["torch-bf16", "ov-fp16"]
-    content = _miniature(tmp_path).run({"image_512_4step": engines})
+    chosen = {"image_512_4step": engines, "image_512_16step_cfg35": ["ov-fp16"]}
+    content = _miniature(tmp_path).run(chosen)
     assert content["skipped"] == []
-    assert [one["engine"] for one in content["results"]] == engines
+    assert [one["engine"] for one in content["results"]] == [*engines, "ov-fp16"]
 
 
 @pytest.mark.slow
@@ -201,6 +202,8 @@ def test_published_sizes_are_met():
 def test_names_pick_cases_and_engines():
     chosen = plan.select("convert_dit, dit_step_512", "ov-int8 ov-fp16", scale=plan.FULL)
     assert chosen == {"dit_step_512": ["ov-fp16", "ov-int8"], "convert_dit": ["ov-fp16"]}
+    interval = "image_512_20step_cfg35"
+    assert plan.select(interval, scale=plan.FULL) == {interval: ["ov-int8"]}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from diffusers import DPMSolverMultistepScheduler, LCMScheduler
 from PIL import Image
 
-from pixart_tiny import evaluate, render, scenes
+from pixart_tiny import evaluate, render, scenes, steps
 from pixart_tiny.evaluate import Row
 
 
@@ -115,6 +115,15 @@ def test_the_command_can_print_every_row_that_has_a_target(pipeline, capsys):
     evaluate.main(["--targets", "--count", "1"])
     printed = capsys.readouterr().out
     assert all(f"| {row} |" in printed for row in evaluate.TARGETS[20])
+
+
+def test_points_have_as_many_evaluations_as_rows_through_the_dit(pipeline, monkeypatch):
+    monkeypatch.setattr(steps.ovp, "load_pipeline", lambda folder: pipeline)
+    monkeypatch.setattr(steps, "VERSIONS", (("whole", (20,), 1.0), ("part", (16, 20), 0.35)))
+    points = steps.measure(evaluate.CHECKPOINT, evaluate.CHECKPOINT, count=2)
+    figures = [(p["version"], p["evaluations"], p["one_object"], p["two_objects"]) for p in points]
+    assert figures == [("whole", 40, 100, 100), ("part", 22, 100, 100), ("part", 27, 100, 100)]
+    assert [call[-1] for call in pipeline.calls] == [1.0, 0.35, 0.35]  # whatever is recommended
 
 
 def test_targets_stand_beside_the_row_that_the_arguments_describe():
