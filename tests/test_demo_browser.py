@@ -362,8 +362,10 @@ def test_history_brings_images_and_settings_back_and_ends_with_the_visit(visit, 
     expect(page.get_by_text("Choose a finished image first.")).to_be_visible()
     more_settings(page)
     set_number(page, "steps", 7)
+    set_number(page, "guidance-end", 0.5)
     number(page, "seed").fill("41")
     generate(page, "a red heart")
+    expect(page.locator("#status")).to_contain_text("in the first 50%")
     choose(page, "version", "INT8")
     choose(page, "version", "LCM")  # another kind of model brings its own settings
     expect(number(page, "steps")).to_have_value("4")
@@ -378,6 +380,7 @@ def test_history_brings_images_and_settings_back_and_ends_with_the_visit(visit, 
     expect(page.locator("#version input")).to_have_value("FP16")
     expect(number(page, "steps")).to_have_value("7")
     expect(number(page, "guidance")).to_be_enabled()
+    expect(number(page, "guidance-end")).to_have_value("0.5")
     stage(page).click()
     with page.expect_download() as download:
         page.locator("#stage").get_by_label("Download").click()
@@ -427,10 +430,13 @@ def test_controls_without_effect_are_disabled_and_give_the_reason(visit):
     page = visit()
     more_settings(page)
     expect(page.locator("#negative-prompt textarea")).to_be_enabled()
+    expect(number(page, "guidance-end")).to_be_enabled()
     choose(page, "version", "LCM")
     expect(number(page, "steps")).to_have_value("4")
     expect(number(page, "guidance")).to_be_disabled()
     expect(page.locator("#guidance")).to_contain_text("distilled")
+    expect(number(page, "guidance-end")).to_be_disabled()
+    expect(page.locator("#guidance-end")).to_contain_text("Has no effect")
     expect(page.locator("#negative-prompt textarea")).to_be_disabled()
     expect(page.locator("#negative-prompt")).to_contain_text("Has no effect")
 
