@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -57,12 +56,14 @@ def _limited_guidance(pipeline: DiffusionPipeline, start: float, end: float) -> 
     counted by calls of the DiT, of which some schedulers make `order` per step.
     """
     transformer, scheduler = pipeline.transformer, pipeline.scheduler
-    forward, calls = transformer.forward, itertools.count()
+    forward, batches = transformer.forward, []  # the rows of every call so far
 
     def limited(hidden_states: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor]:
-        step = next(calls) // scheduler.order
+        step = len(batches) // scheduler.order
         steps = math.ceil(len(scheduler.timesteps) / scheduler.order)
-        if is_guided(step, steps, start, end):
+        batches.append(len(hidden_states))
+        is_halved = batches[-1] < batches[0]  # by a callback that has switched guidance off
+        if is_halved or is_guided(step, steps, start, end):
             return forward(hidden_states, **inputs)
         rows = len(hidden_states) // 2
         (sample,) = forward(hidden_states[rows:], **_without_first(rows, inputs))

@@ -4,12 +4,14 @@ import json
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import diffusers
 import pytest
 import torch
 
 import ov_pixart_helper as helper
+from ov_pixart.guidance import guidance_interval
 from tests.support.parity import SMALL, assert_same, generate, load_exact
 from tests.support.refused import refused
 
@@ -212,6 +214,20 @@ def test_a_replaced_forward_is_put_back(fresh_pipeline):
     transformer.forward = watched
     generate(pipeline, guidance_end=0.5)
     assert transformer.forward is watched and len(calls) == 3
+
+
+def test_rows_that_a_callback_has_halved_are_left_alone():
+    def forward(hidden_states, **_):
+        seen.append(len(hidden_states))
+        return (hidden_states,)
+
+    seen: list[int] = []
+    scheduler = SimpleNamespace(order=1, timesteps=range(4))
+    pipeline = SimpleNamespace(transformer=SimpleNamespace(forward=forward), scheduler=scheduler)
+    with guidance_interval(pipeline, 4.5, 0.0, 0.5):
+        whole = [len(pipeline.transformer.forward(torch.zeros(n, 4))[0]) for n in (4, 4, 4, 2)]
+    assert seen == [4, 4, 2, 2] and whole == [4, 4, 4, 2]
+    assert pipeline.transformer.forward is forward
 
 
 # ---- what does not work -------------------------------------------------------------------------
