@@ -39,7 +39,7 @@ with quiet_imports():  # missing torchvision and the like
     from ov_pixart.plots import weight_grid_figure, word_maps_figure
 
     # Tools
-    from ov_pixart.checks import read_json
+    from ov_pixart.checks import named_folders, public, read_json
     from ov_pixart.ir import IR_NAME, STORED_OPTIONS, store_runtime_options, stored_runtime_options
     from ov_pixart.memory import release_memory
     from ov_pixart.storage import write_json

@@ -15,7 +15,15 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 
-from ov_pixart.checks import check, check_shape, is_count, is_number, is_text, shortened
+from ov_pixart.checks import (
+    check,
+    check_shape,
+    is_count,
+    is_number,
+    is_text,
+    plain,
+    shortened,
+)
 from ov_pixart.families import ALPHA, Family
 
 
@@ -44,7 +52,7 @@ def complete_call(
 
     Raises ValueError with one line for an argument that does not work.
     """
-    call = {**defaults, **given}
+    call = {name: plain(value) for name, value in {**defaults, **given}.items()}
     if call["negative_prompt_embeds"] is not None and "negative_prompt" not in given:
         call["negative_prompt"] = None  # diffusers takes one of the two
     for name in ("num_inference_steps", "num_images_per_prompt", "max_sequence_length"):
@@ -82,8 +90,9 @@ def _check_prompts(call: dict[str, Any], limits: CallLimits) -> int:
         rule = "None where negative_prompt_embeds is given"
         check(negative is None, "negative_prompt", negative, rule)
     elif call["guidance_scale"] > 1:
-        fits = isinstance(negative, str) or (is_text(negative) and len(negative) == prompts)
-        rule = f"a string or a list of {prompts}, as prompt is"
+        fits = negative is None or isinstance(negative, str)
+        fits = fits or (is_text(negative) and len(negative) == prompts)
+        rule = f"a string, a list of {prompts} as prompt is, or None"
         check(fits, "negative_prompt", negative, rule)
     return prompts
 
@@ -132,7 +141,9 @@ def _check_schedule(call: dict[str, Any], limits: CallLimits) -> None:
     check(len(given) < 2, "sigmas", call["sigmas"], "None where timesteps is given")
     for name, values in given.items():
         listed = values.tolist() if hasattr(values, "tolist") else values
-        falls = isinstance(listed, list | tuple) and all(map(is_number, listed)) and listed
+        if isinstance(listed, list | tuple):
+            listed = [plain(number) for number in listed]
+        falls = isinstance(listed, list) and all(map(is_number, listed)) and listed
         falls = falls and all(a > b for a, b in itertools.pairwise(listed))
         check(bool(falls), name, values, "numbers in descending order, at least one")
         takes = name in inspect.signature(limits.scheduler.set_timesteps).parameters

@@ -1,10 +1,15 @@
 """Checks of arguments: one line that names the argument, its value and what it should be."""
 
+import difflib
+import functools
+import inspect
 import json
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -22,6 +27,56 @@ def check_shape(name: str, value: Any, shape: tuple[int | str, ...]) -> None:
     pairs = zip(shape, value.shape, strict=True) if fits else ()
     fits = fits and all(isinstance(wanted, str) or wanted == size for wanted, size in pairs)
     check(fits, name, value, f"a tensor of ({', '.join(map(str, shape))})")
+
+
+def check_names(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise TypeError if `owner` has no argument of a name; each comes with the nearest known."""
+    known = list(known)
+    unknown = []
+    for name in (name for name in given if name not in known):
+        nearest = _OTHER_NAMES.get(name) or nearest_name(name, known)
+        unknown.append(f"{name!r} (nearest: {nearest!r})" if nearest else repr(name))
+    if unknown:
+        raise TypeError(f"{owner} has no argument {', '.join(unknown)}: check the spelling.")
+
+
+_OTHER_NAMES = {"seed": "generator", "steps": "num_inference_steps", "cfg_scale": "guidance_scale"}
+
+
+def nearest_name(name: str, known: Iterable[str], likeness: float = 0.5) -> str | None:
+    """The known name that is most like `name`, None if none is."""
+    found = difflib.get_close_matches(name, sorted(known), n=1, cutoff=likeness)
+    return found[0] if found else None
+
+
+def public(function: Callable) -> Callable:
+    """Let a function of the public API take NumPy's numbers, and name its misspelt arguments."""
+    parameters = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        check_names(function.__name__, kwargs, parameters)
+        kwargs = {name: plain(value) for name, value in kwargs.items()}
+        return function(*map(plain, args), **kwargs)
+
+    return wrapper
+
+
+def plain(value: Any) -> Any:
+    """Python's own number for one of NumPy or torch; anything else as it is."""
+    is_array = isinstance(value, np.generic | np.ndarray | torch.Tensor)
+    return value.item() if is_array and value.ndim == 0 else value
+
+
+def named_folders(pipelines: Any) -> dict[str, Path]:
+    """The folders of pipelines by their labels; ValueError for anything but folders."""
+    rule = "a dictionary of labels and folders, as in {'FP16': folder}"
+    check(isinstance(pipelines, dict), "pipelines", pipelines, rule)
+    for label, folder in pipelines.items():
+        fits = isinstance(folder, str | Path) and bool(str(folder))
+        rule = "the folder of a pipeline: save_pretrained writes one"
+        check(fits, f"pipelines[{label!r}]", folder, rule)
+    return {str(label): Path(folder) for label, folder in pipelines.items()}
 
 
 def is_number(value: Any) -> bool:

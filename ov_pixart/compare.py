@@ -28,7 +28,7 @@ from ov_pixart.checkpoint import (
     read_model_index,
     sizes_mb,
 )
-from ov_pixart.checks import check, is_count, is_text
+from ov_pixart.checks import check, is_count, is_text, named_folders, plain, public
 from ov_pixart.components import OVPixArtTextEncoder
 from ov_pixart.loading import load_pipeline
 from ov_pixart.memory import group_by_memory, peak_memory_mb
@@ -37,6 +37,7 @@ from ov_pixart.workers import WorkerDied, WorkerError, Workers
 Scorer = Callable[[list[Image.Image], list[str]], list[float]]
 
 
+@public
 def compare_pipelines(
     pipelines: dict[str, str | Path],
     prompts: str | list[str],
@@ -63,7 +64,7 @@ def compare_pipelines(
     Raises ValueError for arguments that do not work, FileNotFoundError for a folder that is
     missing or incomplete, RuntimeError where a pipeline fails or its process dies.
     """
-    folders = {label: Path(folder) for label, folder in pipelines.items()}
+    folders = named_folders(pipelines)
     reference = next(iter(folders), None) if reference is None else reference
     pairs = _check_compare(folders, prompts, seeds, reference)
     given = {
@@ -102,7 +103,7 @@ def _check_compare(
             check_torch_folder(folder)
     check(is_text(prompts), "prompts", prompts, "a string or a list of at least one string")
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    seeds = [seeds] if isinstance(seeds, int) else list(seeds)
+    seeds = [seeds] if isinstance(seeds, int) else [plain(seed) for seed in seeds]
     if len(prompts) == 1:
         prompts = prompts * len(seeds)
     if len(seeds) == 1:

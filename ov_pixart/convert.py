@@ -25,7 +25,7 @@ from ov_pixart.checkpoint import (
     read_model_index,
     read_scheduler_name,
 )
-from ov_pixart.checks import check, is_number
+from ov_pixart.checks import check, is_number, public
 from ov_pixart.compress import (
     compress_to_4_bits,
     compress_to_8_bits,
@@ -33,6 +33,7 @@ from ov_pixart.compress import (
     matching_layers,
 )
 from ov_pixart.cost import ConversionCost, check_resources, conversion_cost
+from ov_pixart.families import check_conditions, find_family
 from ov_pixart.hub import HubOptions, fetch_component, fetch_pipeline
 from ov_pixart.ir import save_ir
 from ov_pixart.lora import fetch_lora, fuse_lora
@@ -78,6 +79,7 @@ _FLOATING = (r"\.sinusoids/",)
 # ---- one component ------------------------------------------------------------------------------
 
 
+@public
 def convert_text_encoder(
     text_encoder: T5EncoderModel, output_dir: str | Path, *, weight_format: str = "fp16"
 ) -> Path:
@@ -93,6 +95,7 @@ def convert_text_encoder(
     return convert_component("text_encoder", text_encoder, output_dir, weight_format)
 
 
+@public
 def convert_transformer(
     transformer: PixArtTransformer2DModel, output_dir: str | Path, *, weight_format: str = "fp16"
 ) -> Path:
@@ -107,6 +110,7 @@ def convert_transformer(
     return convert_component("transformer", transformer, output_dir, weight_format)
 
 
+@public
 def convert_vae_decoder(
     vae: AutoencoderKL, output_dir: str | Path, *, weight_format: str = "fp16"
 ) -> Path:
@@ -182,6 +186,7 @@ def _check_replaceable(output_dir: Path) -> None:
 # ---- a whole pipeline ---------------------------------------------------------------------------
 
 
+@public
 def convert_pipeline(
     model_id: str | Path,
     output_dir: str | Path,
@@ -240,6 +245,7 @@ def convert_pipeline(
     folders = {name: checkpoint / name for name in FOLDERS}
     folders |= {name: fetch_component(name, place, hub) for name, place in given.items()}
     check_components_fit(folders)
+    check_conditions(find_family(index["_class_name"]), folders["transformer"])
     index = {name: index[name] for name in index if name[0] == "_" or name in FOLDERS}
     index["scheduler"] = ["diffusers", read_scheduler_name(folders["scheduler"])]
     if lora is not None:

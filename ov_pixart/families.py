@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import (
@@ -10,6 +11,8 @@ from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import (
     ASPECT_RATIO_1024_BIN,
 )
 from diffusers.pipelines.pixart_alpha.pipeline_pixart_sigma import ASPECT_RATIO_2048_BIN
+
+from ov_pixart.checks import read_json
 
 ASPECT_RATIOS = {  # name → width / height
     "1:1": 1.0,
@@ -65,3 +68,20 @@ def find_family(class_name: str) -> Family | None:
     """The family of a pipeline class in `model_index.json`; a leading "OV" is ignored."""
     names = {family.class_name: family for family in FAMILIES}
     return names.get(str(class_name).removeprefix("OV"))
+
+
+def check_conditions(family: Family, transformer: Path) -> None:
+    """Raise ValueError if the pipeline will not pass the image sizes that a transformer needs.
+
+    diffusers passes them in α's pipeline, to models with a `sample_size` of 128.
+    """
+    config = read_json(transformer / "config.json")
+    is_ms = config.get("sample_size") == 128
+    needs = config.get("use_additional_conditions")
+    needs = is_ms if needs is None else needs  # as diffusers does
+    if needs and not (family is ALPHA and is_ms):
+        raise ValueError(
+            f"transformer={str(transformer)!r} was trained with image sizes as conditions, as "
+            f"PixArt-α 1024-MS is, and does not work in a {family.class_name} with sample_size "
+            f"{config.get('sample_size')}: choose a transformer of model_id's own family."
+        )

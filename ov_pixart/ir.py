@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+import torch
+from openvino import opset15
 
-from ov_pixart.checks import check
+from ov_pixart.checks import check, nearest_name, shortened
 
 IR_NAME = "openvino_model.xml"
 
@@ -136,6 +138,21 @@ def compile_config(model: ov.Model, user: dict[str, Any]) -> dict[str, Any]:
     return {"PERFORMANCE_HINT": "LATENCY", **stored_runtime_options(model), **user}
 
 
+# ---- devices and settings -----------------------------------------------------------------------
+
+
+def device_name(device: str | torch.device) -> str:
+    """OpenVINO's name of a device, given by that, as a torch.device or as "cpu:0".
+
+    Raises ValueError unless OpenVINO has it here.
+    """
+    if isinstance(device, torch.device):
+        device = str(device).replace(":", ".")
+    check_device(device)
+    name = device.upper()
+    return "CPU" if name in ("CPU.0", "CPU:0") else name  # there is one, which has no number
+
+
 def check_device(device: str) -> None:
     """Raise ValueError unless OpenVINO has this device here, also in "HETERO:GPU,CPU"."""
     here = {name.split(".")[0] for name in ov.Core().available_devices}
@@ -147,3 +164,39 @@ def check_device(device: str) -> None:
     names = [re.split("[.(]", name)[0] for name in names]
     known = isinstance(device, str) and set(names) <= here
     check(known, "device", device, f"one of {sorted(here)} on this machine, or AUTO")
+
+
+_CORE_SETTINGS = {"CACHE_DIR", "CACHE_MODE", "ENABLE_MMAP"}  # of OpenVINO itself, on any device
+
+
+def check_ov_config(ov_config: dict[str, Any] | None, device: str) -> None:
+    """Raise ValueError for a setting that OpenVINO does not know, or not with this value.
+
+    Each is tried with a model of one operation. AUTO would ignore what it does not know, so names
+    that look misspelt are refused first.
+    """
+    fits = ov_config is None or isinstance(ov_config, dict)
+    check(fits, "ov_config", ov_config, "a dictionary of OpenVINO's settings, or None")
+    core, number = ov.Core(), opset15.parameter([1], np.float32)
+    probe = ov.Model([opset15.relu(number)], [number], "probe")
+    devices = {name.split(".")[0] for name in core.available_devices} | {"AUTO", "HETERO"}
+    known = {key for name in devices for key in core.get_property(name, "SUPPORTED_PROPERTIES")}
+    known |= _CORE_SETTINGS
+    for name, value in (ov_config or {}).items():
+        key = str(name() if callable(name) else name)
+        if key == "CACHE_DIR":  # the probe would stay there
+            continue
+        problem = None if key in known else nearest_name(key, known, 0.85)
+        if problem:
+            problem = f"OpenVINO does not know it, and the nearest is {problem!r}"
+        else:
+            try:
+                core.compile_model(probe, device, {name: value})
+            except (RuntimeError, TypeError) as error:
+                lines = [line.strip() for line in str(error).splitlines()]
+                problem = next(line for line in reversed(lines) if line)
+        if problem:
+            raise ValueError(
+                f"ov_config={{{key!r}: {value!r}}} does not work on {device}: "
+                f"{shortened(problem, 200)}."
+            )

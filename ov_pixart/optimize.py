@@ -25,7 +25,7 @@ from ov_pixart.checkpoint import (
     is_openvino_folder,
     read_model_index,
 )
-from ov_pixart.checks import check, is_count, read_json
+from ov_pixart.checks import check, is_count, public, read_json
 from ov_pixart.compress import (
     compress_to_4_bits,
     compress_to_8_bits,
@@ -63,6 +63,7 @@ from ov_pixart.storage import (
 from ov_pixart.upstream import calibration_outputs_first, free_weights_while_compressing
 
 
+@public
 def optimize_pipeline(
     ov_dir: str | Path,
     output_dir: str | Path,

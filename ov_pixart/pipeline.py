@@ -5,9 +5,11 @@ import shutil
 import tempfile
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import openvino as ov
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
@@ -22,27 +24,29 @@ from ov_pixart.checkpoint import (
     check_sizes,
     family_of,
     is_openvino_folder,
+    read_model_index,
 )
-from ov_pixart.checks import check, is_count
+from ov_pixart.checks import check, check_names, plain, read_json
 from ov_pixart.components import OVPixArtTextEncoder, OVPixArtTransformer, OVPixArtVae
 from ov_pixart.convert import convert_pipeline
-from ov_pixart.families import ALPHA, SIGMA, Family
+from ov_pixart.families import ALPHA, SIGMA, Family, find_family
 from ov_pixart.guidance import guidance_interval
 from ov_pixart.hub import HubOptions, fetch_pipeline
+from ov_pixart.interface import FamiliarInterface, StepEndCallback, calling_back, check_step_end
 from ov_pixart.ir import (
     IR_NAME,
-    check_device,
     compile_config,
+    device_name,
     read_ir,
-    reshape_inputs,
-    static_length,
 )
+from ov_pixart.load_options import split_options
 from ov_pixart.quiet import without_log_message
-from ov_pixart.storage import RECORDS
-from ov_pixart.upstream import hide_length_warning
+from ov_pixart.static_shapes import StaticShapes
+from ov_pixart.storage import RECORDS, write_json
+from ov_pixart.upstream import dispatch_loading, hide_length_warning
 
 
-class OVPixArtPipeline(OVDiffusionPipeline):
+class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
     """What α and Σ share: optimum's pipeline with PixArt's transformer, shapes and checks."""
 
     family: Family
@@ -60,11 +64,16 @@ class OVPixArtPipeline(OVDiffusionPipeline):
                     f"{str(kwargs.get('model_save_dir'))!r} has no {name}/{IR_NAME}: "
                     "run convert_pipeline once more to finish the folder."
                 )
-        check_device(kwargs.get("device", "CPU"))
+        kwargs["device"] = device_name(kwargs.get("device", "CPU"))
         check_sizes(Path(kwargs["model_save_dir"]))
         self._turn = threading.RLock()
+        inputs = kwargs["transformer"].inputs
+        is_dynamic = any(port.get_partial_shape().is_dynamic for port in inputs)
+        # Unless asked to free them, keep the shapes that the IRs have: `reshape` may have set them.
+        kwargs.setdefault("dynamic_shapes", is_dynamic and kwargs.get("compile_only", False))
         # Compile later (unless all is compiled already): the transformer is about to be replaced.
         super().__init__(*args, compile=compile and kwargs.get("compile_only", False), **kwargs)
+        self.is_dynamic = self.is_dynamic or is_dynamic
         self.transformer = OVPixArtTransformer(self.transformer.model, self, "transformer")
         if self.text_encoder is not None:
             self.text_encoder = OVPixArtTextEncoder(self.text_encoder.model, self, "text_encoder")
@@ -98,10 +107,15 @@ class OVPixArtPipeline(OVDiffusionPipeline):
             with self._turn:
                 self.text_encoder.release()
 
-    def encode_prompt(self, *args, **kwargs):
+    def encode_prompt(
+        self, prompt, do_classifier_free_guidance=True, negative_prompt="", *args, **kwargs
+    ):
         """As in diffusers; embeddings of recent prompts come from a cache."""
+        negative = "" if negative_prompt is None else negative_prompt  # diffusers reads "None"
         with self._turn:
-            encoded = super().encode_prompt(*args, **kwargs)
+            encoded = super().encode_prompt(
+                prompt, do_classifier_free_guidance, negative, *args, **kwargs
+            )
             if self._releases_text_encoder:
                 self.release_text_encoder()
             return encoded
@@ -114,32 +128,36 @@ class OVPixArtPipeline(OVDiffusionPipeline):
         model_id: str | Path,
         export: bool = False,
         *,
-        weight_format: str | dict[str, str] = "fp16",
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
         trust_remote_code: bool = False,
-        **kwargs,
+        **options,
     ) -> "OVPixArtPipeline":
         """Load a pipeline from an OpenVINO folder, or convert a PixArt checkpoint and load that.
 
         `model_id`: an OpenVINO folder, a diffusers folder or a Hugging Face id of either. A
-        checkpoint that is not OpenVINO yet is converted to `weight_format` in a temporary folder
-        that is removed with the pipeline; `convert_pipeline` or `save_pretrained` keep it.
+        checkpoint that is not OpenVINO yet is converted in a temporary folder that is removed with
+        the pipeline; `convert_pipeline` or `save_pretrained` keep it. Options of
+        `convert_pipeline`, such as `weight_format` and `lora`, apply to this conversion.
         `release_text_encoder`: keep it in memory only while it encodes a new prompt.
         `device`, `ov_config`, `compile` and the rest: as in optimum-intel's OVDiffusionPipeline.
 
-        Raises ValueError for a checkpoint of the other family, a damaged folder, an unknown device
-        or `trust_remote_code`, FileNotFoundError for a folder that is missing or incomplete.
+        Raises TypeError for an unknown option, ValueError for a checkpoint of the other family, a
+        damaged folder, an unknown device or setting, `trust_remote_code`, or options of a
+        conversion for what is converted already, FileNotFoundError for a folder that is missing or
+        incomplete.
         """
         if trust_remote_code:
             raise ValueError(
                 "trust_remote_code=True is not supported: PixArt needs no code from a model's "
                 "folder, leave it out."
             )
-        hub = HubOptions(cache_dir, token, local_files_only)
-        folder = fetch_pipeline(model_id, hub, revision=revision)
+        named = inspect.signature(cls.from_pretrained).parameters
+        conversion, loading = split_options(f"{cls.__name__}.from_pretrained", options, named)
+        hub = {"cache_dir": cache_dir, "token": token, "local_files_only": local_files_only}
+        folder = fetch_pipeline(model_id, HubOptions(**hub), revision=revision)
         family = family_of(folder)
         if family is not cls.family:
             name = family.class_name
@@ -147,11 +165,16 @@ class OVPixArtPipeline(OVDiffusionPipeline):
         converted = None
         if not is_openvino_folder(folder):
             converted = Path(tempfile.mkdtemp(prefix="ov-pixart-"))
+        elif conversion:
+            raise ValueError(
+                f"{', '.join(conversion)}= cannot be applied to model_id={str(model_id)!r}, which "
+                "is converted already: give them to convert_pipeline, with the checkpoint."
+            )
         try:
             if converted:
-                folder = convert_pipeline(folder, converted, weight_format=weight_format)
+                folder = convert_pipeline(folder, converted, **conversion, **hub)
             check_openvino_folder(folder)
-            pipeline = super().from_pretrained(folder, **kwargs)
+            pipeline = super().from_pretrained(folder, **loading)
         except BaseException:
             if converted:
                 shutil.rmtree(converted, ignore_errors=True)
@@ -184,122 +207,97 @@ class OVPixArtPipeline(OVDiffusionPipeline):
                 f"save_directory={str(folder)!r} is where this pipeline reads its weights from: "
                 "choose another folder."
             )
+        for name, component in self.components.items():
+            fits = self._compile_only or isinstance(getattr(component, "model", None), ov.Model)
+            check(fits, name, type(component).__name__, "an OpenVINO component, to be saved")
+        classes = {
+            "scheduler": ["diffusers", type(self.scheduler).__name__],
+            "tokenizer": ["transformers", type(self.tokenizer).__name__],
+            "text_encoder": ["transformers", "T5EncoderModel"],
+        }
+        rule = "of a class that diffusers has, or it could not be loaded again"
+        check(hasattr(diffusers, classes["scheduler"][1]), "scheduler", self.scheduler, rule)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (MODEL_INDEX, *(f"{part}/{file}" for part in COMPONENTS for file in RECORDS)):
             (folder / name).unlink(missing_ok=True)  # of an earlier pipeline
         self._save_pretrained(folder)
-        self._save_config(folder)
+        # optimum copies configurations and index from the own folder; components may be swapped
+        for name, component in self.components.items():
+            write_json(dict(component.config), folder / name / "config.json")
+        index = read_json(Path(self.model_save_dir) / MODEL_INDEX)
+        for name, found in classes.items():
+            index[name] = [None, None] if getattr(self, name) is None else found
+        write_json(index, folder / MODEL_INDEX)
         if push_to_hub:
             return self.push_to_hub(folder, **kwargs)
+
+    def __getstate__(self):
+        raise TypeError(
+            "An OpenVINO pipeline can be neither copied nor pickled: load its folder once more."
+        )
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The compiled components by name, a VAE that was swapped included."""
+        return {**super().components, "vae_decoder": self.vae.decoder}
 
     @property
     def dtype(self) -> torch.dtype:
         """Float32: the precision of inputs and outputs, whatever the device computes in."""
         return torch.float32
 
-    def to(self, *args, device: str | None = None, **kwargs) -> "OVPixArtPipeline":
+    def to(self, *args, device: str | torch.device | None = None, **kwargs) -> "OVPixArtPipeline":
         """Move to another device, as in `to("GPU")`; the next call compiles for it.
 
         Raises ValueError for a device that OpenVINO does not have here.
         """
-        for name in (*args, device):
-            if isinstance(name, str):
-                check_device(name)
+        args = [arg if isinstance(arg, torch.dtype) else device_name(arg) for arg in args]
+        device = None if device is None else device_name(device)
         return super().to(*args, device=device, **kwargs)
-
-    # -- static shapes --
-
-    @property
-    def batch_size(self) -> int:
-        """Prompts per call that the components are shaped for, -1 if any number."""
-        if self.text_encoder is None:
-            return static_length(self.transformer.model.inputs[0].get_partial_shape()[0])
-        return static_length(self.text_encoder.input_shape[0])
-
-    def reshape(
-        self,
-        batch_size: int,
-        height: int,
-        width: int,
-        num_images_per_prompt: int = -1,
-        num_frames: int = -1,
-        *,
-        max_sequence_length: int | None = None,
-    ) -> "OVPixArtPipeline":
-        """Fix the shapes of all components (-1: keep free), which some devices require.
-
-        `height`, `width` in pixels, divisible by 16. `max_sequence_length`: tokens; fixed to the
-        family's own (α 120, Σ 300) where everything else is fixed. Guidance may be on or off at
-        any call: see `OVPixArtTransformer`. `num_frames` is for video models, and ignored.
-
-        Raises ValueError for other numbers, or with `compile_only=True`.
-        """
-        if self._compile_only:
-            raise ValueError(
-                "reshape does not work with compile_only=True: load the pipeline without it."
-            )
-        counts = {"batch_size": batch_size, "num_images_per_prompt": num_images_per_prompt}
-        for name, value in counts.items():
-            check(is_count(value) or value == -1, name, value, "a whole number from 1, or -1")
-        grid = self._token_pixels
-        for name, value in {"height": height, "width": width}.items():
-            fits = value == -1 or (is_count(value) and value % grid == 0)
-            check(fits, name, value, f"a multiple of {grid} pixels, or -1")
-        if max_sequence_length is not None:
-            rule = "a whole number from 1"
-            check(is_count(max_sequence_length), "max_sequence_length", max_sequence_length, rule)
-
-        self.is_dynamic = -1 in {batch_size, height, width, num_images_per_prompt}
-        tokens = max_sequence_length or (-1 if self.is_dynamic else self.family.max_tokens)
-        images = -1 if -1 in counts.values() else batch_size * num_images_per_prompt
-        rows, columns = (s if s == -1 else s // self.vae_scale_factor for s in (height, width))
-
-        reshape_inputs(
-            self.transformer.model,
-            hidden_states={0: images, 2: rows, 3: columns},
-            timestep={0: images},
-            encoder_hidden_states={0: images, 1: tokens},
-            encoder_attention_mask={0: images, 1: tokens},
-            resolution={0: images},
-            aspect_ratio={0: images},
-        )
-        reshape_inputs(self.vae_decoder.model, latent_sample={0: images, 2: rows, 3: columns})
-        if self.text_encoder is not None:
-            text = {0: batch_size, 1: tokens}
-            reshape_inputs(self.text_encoder.model, input_ids=text, attention_mask=text)
-        self.clear_requests()
-        return self
 
     # -- generate --
 
-    def __call__(self, *args, guidance_start: float = 0.0, guidance_end: float = 1.0, **kwargs):
+    def __call__(
+        self,
+        *args,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
+        callback_on_step_end: StepEndCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **kwargs,
+    ):
         """Generate images: every argument of diffusers' PixArt pipelines, with the same meaning.
 
         `guidance_start`, `guidance_end`: shares of the steps. Step i of n is guided where
         start ≤ i/n < end; any other runs the DiT on the prompt alone and takes half the time.
 
+        `callback_on_step_end(pipe, step, timestep, tensors)` is called after each step, as in
+        diffusers' other pipelines. `tensors` has the names in `callback_on_step_end_tensor_inputs`
+        (see `interface.TENSORS`); those that it returns take effect. `pipe._interrupt = True` ends
+        the call with the latents as they are.
+
         A pipeline with static shapes generates in exactly its own size, without resolution
         binning. Raises ValueError with one line for an argument that does not work.
         """
         signature = inspect.signature(self.auto_model_class.__call__)
+        names = [name for name in signature.parameters if name not in ("self", "kwargs")]
+        own = inspect.signature(self.__call__).parameters
+        check_names(self.family.class_name, kwargs, [*names, *own, "mask_feature"])
+        tensors = check_step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
         given = dict(signature.bind(self, *args, **kwargs).arguments)
-        extra = given.pop("kwargs", {})  # diffusers would ignore these
-        if unknown := extra.keys() - {"mask_feature"}:
-            raise TypeError(f"{min(unknown)!r} is not an argument of {self.family.class_name}.")
-        given = {**extra, **given}
+        given = {**given.pop("kwargs", {}), **given}
         del given["self"]
-        defaults = {
-            name: parameter.default
-            for name, parameter in signature.parameters.items()
-            if name not in ("self", "kwargs")
-        }
+        defaults = {name: signature.parameters[name].default for name in names}
         call = complete_call(given, defaults, self._limits)
-        interval = guidance_interval(self, call["guidance_scale"], guidance_start, guidance_end)
+        start, end = plain(guidance_start), plain(guidance_end)
+        interval = guidance_interval(self, call["guidance_scale"], start, end)
+        step_end = calling_back(self, callback_on_step_end, tensors, call["guidance_scale"])
         # One caller at a time: the scheduler, the progress bar and the compiled models keep state.
         quiet = without_log_message(self.auto_model_class.__module__, "truncated")
         with self._turn, interval, quiet:
             warn_of_cut_prompts(self, call)
-            return super().__call__(**call)
+            with step_end:  # inside the interval, which must see what a callback has halved
+                return super().__call__(**call)
 
     @property
     def _limits(self) -> CallLimits:
@@ -311,27 +309,9 @@ class OVPixArtPipeline(OVDiffusionPipeline):
             latent_channels=config.in_channels,
             text_width=config.caption_channels or config.cross_attention_dim,
             latent_pixels=self.vae_scale_factor,
-            token_pixels=self._token_pixels,
-            static=self._static_arguments,
+            token_pixels=self.token_pixels,
+            static=self.static_arguments,
         )
-
-    @property
-    def _token_pixels(self) -> int:
-        """Pixels per token of the transformer: 8 in the VAE times 2 in the patch."""
-        return self.vae_scale_factor * self.transformer.config.patch_size
-
-    @property
-    def _static_arguments(self) -> dict[str, int]:
-        """Arguments of a call that static shapes have fixed, and their values."""
-        images, tokens, _ = self.transformer.model.input("encoder_hidden_states").partial_shape
-        lengths = {
-            "height": self.height,
-            "width": self.width,
-            "max_sequence_length": static_length(tokens),
-            "images": static_length(images),
-            "prompts": self.batch_size,
-        }
-        return {name: value for name, value in lengths.items() if value != -1}
 
 
 class OVPixArtAlphaPipeline(OVPixArtPipeline, PixArtAlphaPipeline):
@@ -351,6 +331,21 @@ class OVPixArtSigmaPipeline(OVPixArtPipeline, PixArtSigmaPipeline):
 PIPELINES = {ALPHA.name: OVPixArtAlphaPipeline, SIGMA.name: OVPixArtSigmaPipeline}
 
 
+def find_pipeline(model_id: str | Path, **hub: Any) -> type[OVPixArtPipeline] | None:
+    """Our class for a PixArt folder or id, None for every other model.
+
+    Raises FileNotFoundError for an OpenVINO folder that is not finished.
+    """
+    if is_openvino_folder(Path(model_id)) and not (Path(model_id) / MODEL_INDEX).is_file():
+        read_model_index(Path(model_id))
+    try:
+        index = OVDiffusionPipeline.load_config(model_id, **hub)
+    except (OSError, ValueError):  # optimum has the error for it
+        return None
+    family = find_family(index.get("_class_name"))
+    return PIPELINES[family.name] if family else None
+
+
 def register_with_optimum() -> None:
     """Register PixArt with optimum's loaders: OVDiffusionPipeline, OVPipelineForText2Image."""
     for key, pipeline in (
@@ -360,6 +355,7 @@ def register_with_optimum() -> None:
         if pipeline not in ov_diffusion.SUPPORTED_OV_PIPELINES:
             ov_diffusion.SUPPORTED_OV_PIPELINES.append(pipeline)
         ov_diffusion.OV_TEXT2IMAGE_PIPELINES_MAPPING[key] = pipeline
+    dispatch_loading(find_pipeline)
 
 
 register_with_optimum()

@@ -178,6 +178,29 @@ def hide_length_warning(tokenizer: Any) -> None:
         _step_aside("hiding the tokenizer's own limit", error)
 
 
+def dispatch_loading(find_class: Callable[..., type | None]) -> None:
+    """Let `OVDiffusionPipeline.from_pretrained` hand over to the class that `find_class` returns.
+
+    `find_class(model_id, **hub)`: a pipeline class, or None where optimum is to load the model.
+    optimum's own dispatch comes after the conversion, which it cannot do for PixArt, and runs
+    nothing but the class's constructor.
+
+    Reaches into: `OVDiffusionPipeline.from_pretrained`, which optimum inherits.
+    """
+    from optimum.intel.openvino.modeling_diffusion import OVDiffusionPipeline
+
+    hub_names = ("revision", "cache_dir", "token", "local_files_only")
+
+    def from_pretrained(cls: type, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is OVDiffusionPipeline:
+            hub = {name: kwargs[name] for name in hub_names if name in kwargs}
+            if found := find_class(model_id, **hub):
+                return found.from_pretrained(model_id, *args, **kwargs)
+        return super(OVDiffusionPipeline, cls).from_pretrained(model_id, *args, **kwargs)
+
+    OVDiffusionPipeline.from_pretrained = classmethod(from_pretrained)
+
+
 @contextlib.contextmanager
 def _replaced(owner: type, name: str, replacement: Any) -> Iterator[None]:
     with _one_thread:

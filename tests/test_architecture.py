@@ -16,11 +16,12 @@ ALLOWED = {
     "__init__": "upstream",
     # the tutorial's chapters, in the order an image travels
     "trace": "upstream ir quiet",
-    "convert": "trace checkpoint storage memory upstream ir compress cost hub lora checks quiet",
+    "convert": "trace checkpoint storage memory upstream ir compress cost hub lora families "
+    "checks quiet",
     "components": "ir memory",
     "guidance": "call_checks",
-    "pipeline": "components guidance call_checks convert checkpoint hub ir storage upstream "
-    "families checks quiet",
+    "pipeline": "components guidance call_checks interface load_options static_shapes convert "
+    "checkpoint hub ir storage upstream families checks quiet",
     "loading": "pipeline guidance checkpoint quiet",
     "calibration": "pipeline loading checkpoint storage ir memory checks quiet",
     "optimize": "presets calibration checkpoint storage memory upstream ir compress cost "
@@ -34,6 +35,9 @@ ALLOWED = {
     "insights": "pipeline checks",
     "checkpoint": "storage families ir checks quiet",
     "call_checks": "families checks",
+    "interface": "families checks",
+    "load_options": "convert ir checks",
+    "static_shapes": "ir checks",
     "storage": "checks",
     "families": "checks quiet",
     "ir": "checks quiet",

@@ -27,6 +27,7 @@ from ov_pixart.demo.looks import (
 )
 from ov_pixart.demo.settings import NO_STYLE, Settings, describe, read_settings
 from ov_pixart.demo.studio import Finished, Preview, Started, Studio, Update
+from ov_pixart_helper import named_folders, public
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +49,15 @@ class Demo(gr.Blocks):
         self.studio.close()
 
 
+@public
 def make_demo(pipelines: dict[str, Path | str], *, default: str | None = None) -> gr.Blocks:
     """Build the page. `pipelines`: version → folder of a converted pipeline, loaded on first use.
 
     `default`: the version that is selected at first (default: the first one).
-    Raises ValueError for no pipelines or an unknown `default`, FileNotFoundError for a folder
-    without a converted pipeline.
+    Raises ValueError for no pipelines, for anything but folders or an unknown `default`,
+    FileNotFoundError for a folder without a converted pipeline.
     """
-    folders = {version: Path(folder).resolve() for version, folder in pipelines.items()}
+    folders = {name: folder.resolve() for name, folder in named_folders(pipelines).items()}
     if not folders:
         raise ValueError("pipelines={} is empty: give at least one version and its folder.")
     default = next(iter(folders)) if default is None else default

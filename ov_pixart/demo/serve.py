@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,30 @@ def launch_demo(demo: gr.Blocks, *, port: int | None = None, **launch_kwargs: An
     }
     if isinstance(demo, Demo):
         options["allowed_paths"] = [str(demo.studio.output)]
-    demo.launch(**(options | launch_kwargs))
+    with loopback_without_proxy():
+        demo.launch(**(options | launch_kwargs))
     _launched[port] = demo
     print(f"The demo is at {demo.local_url}")
+
+
+@contextlib.contextmanager
+def loopback_without_proxy() -> Iterator[None]:
+    """Exempt this machine from HTTP_PROXY and the like while Gradio checks that it can be reached.
+
+    A proxy looks for 127.0.0.1 on its own machine.
+    """
+    names = ("no_proxy", "NO_PROXY")
+    before = {name: os.environ.get(name) for name in names}
+    exempt = next(filter(None, before.values()), "")
+    os.environ |= dict.fromkeys(names, ",".join(filter(None, [exempt, "127.0.0.1", "localhost"])))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def theme() -> gr.themes.Base:

@@ -1,0 +1,46 @@
+"""The options of `from_pretrained`: which are known, and what each of them is for."""
+
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ov_pixart.checks import check_names, plain
+from ov_pixart.convert import convert_pipeline
+from ov_pixart.ir import check_ov_config, device_name
+
+_HUB = ("revision", "cache_dir", "token", "local_files_only")
+_CONVERSION = set(inspect.signature(convert_pipeline).parameters)
+_CONVERSION -= {"model_id", "output_dir", "force", *_HUB}
+_LOADING = {
+    *("device", "ov_config", "compile", "compile_only", "dynamic_shapes", "release_text_encoder"),
+    *("quantization_config", "load_in_8bit"),
+    # objects, in place of what the folder holds
+    *("scheduler", "tokenizer", "text_encoder", "transformer", "vae_decoder", "vae_encoder"),
+}
+# of torch pipelines: how weights are stored does not matter here
+_NO_EFFECT = {"torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage"}
+_NO_EFFECT |= {"device_map", "safety_checker", "feature_extractor", "resume_download"}
+
+
+def split_options(
+    owner: str, options: dict[str, Any], others: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options for the conversion and those for loading; `others` are known names beside these.
+
+    A component is taken from a path or an id while converting, and as an object while loading.
+    Raises TypeError for unknown names, ValueError for an unknown device or setting: both before
+    anything is converted.
+    """
+    check_names(owner, options, [*_CONVERSION, *_LOADING, *_NO_EFFECT, *others])
+    conversion, loading = {}, {}
+    for name, value in options.items():
+        value = plain(value)
+        is_object = name in _LOADING and not isinstance(value, str | Path | bool)
+        if name in _CONVERSION and not is_object:
+            conversion[name] = value
+        elif name in _LOADING:
+            loading[name] = value
+    loading["device"] = device_name(loading.get("device", "CPU"))
+    check_ov_config(loading.get("ov_config"), loading["device"])
+    return {name: value for name, value in conversion.items() if value is not None}, loading

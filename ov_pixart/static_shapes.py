@@ -1,0 +1,88 @@
+"""Static shapes: `reshape`, and what it has fixed."""
+
+from ov_pixart.checks import check, is_count, public
+from ov_pixart.ir import reshape_inputs, static_length
+
+
+class StaticShapes:
+    """The part of a pipeline that fixes and reads the shapes of its components."""
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts per call that the components are shaped for, -1 if any number."""
+        if self.text_encoder is None:
+            return static_length(self.transformer.model.inputs[0].get_partial_shape()[0])
+        return static_length(self.text_encoder.input_shape[0])
+
+    @public
+    def reshape(
+        self,
+        batch_size: int,
+        height: int,
+        width: int,
+        num_images_per_prompt: int = -1,
+        num_frames: int = -1,
+        *,
+        max_sequence_length: int | None = None,
+    ) -> "StaticShapes":
+        """Fix the shapes of all components (-1: keep free), which some devices require.
+
+        `height`, `width` in pixels, divisible by 16. `max_sequence_length`: tokens; fixed to the
+        family's own (α 120, Σ 300) where everything else is fixed. Guidance may be on or off at
+        any call: see `OVPixArtTransformer`. `num_frames` is for video models, and ignored.
+
+        Raises ValueError for other numbers, or with `compile_only=True`.
+        """
+        if self._compile_only:
+            raise ValueError(
+                "reshape does not work with compile_only=True: load the pipeline without it."
+            )
+        counts = {"batch_size": batch_size, "num_images_per_prompt": num_images_per_prompt}
+        for name, value in counts.items():
+            check(is_count(value) or value == -1, name, value, "a whole number from 1, or -1")
+        grid = self.token_pixels
+        for name, value in {"height": height, "width": width}.items():
+            fits = value == -1 or (is_count(value) and value % grid == 0)
+            check(fits, name, value, f"a multiple of {grid} pixels, or -1")
+        if max_sequence_length is not None:
+            rule = "a whole number from 1"
+            check(is_count(max_sequence_length), "max_sequence_length", max_sequence_length, rule)
+
+        self.is_dynamic = -1 in {batch_size, height, width, num_images_per_prompt}
+        tokens = max_sequence_length or (-1 if self.is_dynamic else self.family.max_tokens)
+        images = -1 if -1 in counts.values() else batch_size * num_images_per_prompt
+        rows, columns = (s if s == -1 else s // self.vae_scale_factor for s in (height, width))
+
+        reshape_inputs(
+            self.transformer.model,
+            hidden_states={0: images, 2: rows, 3: columns},
+            timestep={0: images},
+            encoder_hidden_states={0: images, 1: tokens},
+            encoder_attention_mask={0: images, 1: tokens},
+            resolution={0: images},
+            aspect_ratio={0: images},
+        )
+        reshape_inputs(self.vae.decoder.model, latent_sample={0: images, 2: rows, 3: columns})
+        if self.text_encoder is not None:
+            text = {0: batch_size, 1: tokens}
+            reshape_inputs(self.text_encoder.model, input_ids=text, attention_mask=text)
+        self.clear_requests()
+        return self
+
+    @property
+    def static_arguments(self) -> dict[str, int]:
+        """Arguments of a call that static shapes have fixed, and their values."""
+        images, tokens, _ = self.transformer.model.input("encoder_hidden_states").partial_shape
+        lengths = {
+            "height": self.height,
+            "width": self.width,
+            "max_sequence_length": static_length(tokens),
+            "images": static_length(images),
+            "prompts": self.batch_size,
+        }
+        return {name: value for name, value in lengths.items() if value != -1}
+
+    @property
+    def token_pixels(self) -> int:
+        """Pixels per token of the transformer: 8 in the VAE times 2 in the patch."""
+        return self.vae_scale_factor * self.transformer.config.patch_size
