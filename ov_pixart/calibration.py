@@ -6,18 +6,19 @@ import json
 import math
 import random
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import T5Tokenizer
 
 from ov_pixart.checkpoint import COMPONENTS, GenerationDefaults, default_settings
-from ov_pixart.checks import check, is_count, read_json
+from ov_pixart.checks import check, check_names, is_count, public, read_json
 from ov_pixart.ir import ir_files, read_ir
 from ov_pixart.loading import load_pipeline
 from ov_pixart.memory import release_memory
@@ -45,6 +46,7 @@ def progress_bar(
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
+@public
 def load_calibration_prompts(
     source: str | Path,
     *,
@@ -60,19 +62,33 @@ def load_calibration_prompts(
     go to `datasets.load_dataset` (`name`, `revision`, `token`...), but its code is never run.
 
     Raises ValueError for an unknown column or kind of file, for a `num` below 1 and for
-    `trust_remote_code`, FileNotFoundError for a missing file.
+    `trust_remote_code`, FileNotFoundError for a missing file or a data set out of reach.
     """
+    return _read_captions("source", source, column, split, num, kwargs)
+
+
+def _read_captions(
+    argument: str,
+    source: str | Path,
+    column: str = "caption",
+    split: str = "train",
+    num: int | None = None,
+    kwargs: dict[str, Any] | None = None,
+) -> list[str]:
+    """As `load_calibration_prompts`; errors call the source `argument`."""
+    kwargs = dict(kwargs or {})
     if num is not None:
         check(is_count(num), "num", num, "a whole number from 1")
     if kwargs.pop("trust_remote_code", False):
         raise ValueError("trust_remote_code=True is not supported: choose a data set without code.")
     file = Path(source)
     if file.is_file():
+        check_names("load_calibration_prompts, for a file,", kwargs, ("column", "split", "num"))
         rows, column = _read_rows(file, column)
     elif file.suffix in _READERS:
-        raise FileNotFoundError(f"source={str(file)!r} is not there: check the path.")
+        raise FileNotFoundError(f"{argument}={str(file)!r} is not there: check the path.")
     else:
-        rows = datasets.load_dataset(str(source), split=split, streaming=True, **kwargs)
+        rows = _stream(argument, str(source), split=split, **kwargs)
     captions = []
     for row in itertools.islice(rows, num):
         if column not in row:
@@ -80,6 +96,19 @@ def load_calibration_prompts(
             raise ValueError(f"column={column!r} is not in {str(source)!r}: it has {columns}.")
         captions.append(str(row[column]))
     return captions
+
+
+def _stream(argument: str, name: str, **kwargs: Any) -> Iterator[dict[str, Any]]:
+    """The rows of a data set, as they arrive."""
+    try:
+        yield from datasets.load_dataset(name, streaming=True, **kwargs)
+    except (OSError, RuntimeError, httpx.HTTPError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"{argument}={name!r} is no file here and cannot be fetched from Hugging Face: check "
+            "its name and the connection; the captions that optimize_pipeline uses by default "
+            f"need none ({reason})."
+        ) from error
 
 
 def _read_rows(file: Path, column: str) -> tuple[Iterable[dict[str, Any]], str]:
@@ -114,7 +143,7 @@ def choose_prompts(
         calibration_prompts = CAPTIONS / name
     if isinstance(calibration_prompts, str | Path):
         num = None if Path(calibration_prompts).is_file() else 10 * num_samples
-        calibration_prompts = load_calibration_prompts(calibration_prompts, num=num)
+        calibration_prompts = _read_captions("calibration_prompts", calibration_prompts, num=num)
     is_captions = isinstance(calibration_prompts, list | tuple)
     is_captions = is_captions and all(isinstance(caption, str) for caption in calibration_prompts)
     rule = "captions: a list of strings, or a file or data set for load_calibration_prompts"

@@ -52,10 +52,12 @@ def nearest_name(name: str, known: Iterable[str], likeness: float = 0.5) -> str 
 def public(function: Callable) -> Callable:
     """Let a function of the public API take NumPy's numbers, and name its misspelt arguments."""
     parameters = inspect.signature(function).parameters
+    is_open = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        check_names(function.__name__, kwargs, parameters)
+        if not is_open:
+            check_names(function.__name__, kwargs, parameters)
         kwargs = {name: plain(value) for name, value in kwargs.items()}
         return function(*map(plain, args), **kwargs)
 

@@ -183,16 +183,15 @@ class _StepEnd:
         rule = "a dictionary of tensors, or None"
         check(isinstance(returned, dict), "result of callback_on_step_end", returned, rule)
         for name, tensor in returned.items():
-            if tensor is given.get(name):
+            if name in given and tensor is given[name]:
                 continue
             argument = f"{name} from callback_on_step_end"
             rule = f"left as it was given: only {_REPLACEABLE} can be replaced"
             check(name in _REPLACEABLE, argument, tensor, rule)
-            old = self.tensors[name]
-            is_halved = name != "latents" and len(tensor) == self.rows // 2
-            check_shape(
-                argument, tensor, (self.rows // 2 if is_halved else len(old), *old.shape[1:])
-            )
+            old, half = self.tensors[name], self.rows // 2
+            can_halve = name != "latents" and self.guidance_scale > 1
+            is_halved = can_halve and getattr(tensor, "shape", ())[:1] == (half,)
+            check_shape(argument, tensor, (half if is_halved else len(old), *old.shape[1:]))
             self.tensors[name] = tensor.to(old.dtype)
         self._keep(self.tensors["prompt_embeds"], self.tensors["prompt_attention_mask"])
 

@@ -1,5 +1,6 @@
 """`load_pipeline`: any PixArt folder, OpenVINO or torch, ready to generate without a bar."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ from diffusers import DiffusionPipeline
 from transformers import T5Tokenizer
 
 from ov_pixart.checkpoint import COMPONENTS, family_of, is_openvino_folder, load_component
+from ov_pixart.checks import check_names
 from ov_pixart.guidance import with_interval
 from ov_pixart.pipeline import PIPELINES
 from ov_pixart.quiet import hide_loading_bars, quiet
@@ -24,6 +26,8 @@ def load_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
     if is_openvino_folder(folder):
         pipeline = PIPELINES[family.name].from_pretrained(folder, **options)
     else:
+        known = inspect.signature(family.torch_class).parameters
+        check_names("load_pipeline, for a torch folder,", options, known)
         modules = {
             component.folder: load_component(folder / component.folder, component.loader).float()
             for component in COMPONENTS.values()

@@ -49,6 +49,9 @@ def export(run: Run) -> None:
         transformer=PixArtTransformer2DModel.from_pretrained(run.output / "dit" / "transformer"),
         scheduler=make_scheduler(),
     ).to(torch.float16).save_pretrained(base, safe_serialization=True)
+    # transformers loads in the precision named here, diffusers in float32: the two must agree
+    config = base / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
     shutil.copy(run.output / "text" / "tokenizer" / "spiece.model", base / "tokenizer")
     student = PixArtTransformer2DModel.from_pretrained(run.output / "lcm-own" / "transformer")
     student.to(torch.float16).save_pretrained(few_step / "transformer")

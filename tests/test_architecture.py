@@ -22,7 +22,7 @@ ALLOWED = {
     "guidance": "call_checks",
     "pipeline": "components guidance call_checks interface load_options static_shapes convert "
     "checkpoint hub ir storage upstream families checks quiet",
-    "loading": "pipeline guidance checkpoint quiet",
+    "loading": "pipeline guidance checkpoint checks quiet",
     "calibration": "pipeline loading checkpoint storage ir memory checks quiet",
     "optimize": "presets calibration checkpoint storage memory upstream ir compress cost "
     "checks quiet",

@@ -20,6 +20,7 @@ from ov_pixart.calibration import (
 )
 from ov_pixart.optimize import optimize_pipeline
 from tests.support.optimized import DATA, PROMPTS
+from tests.support.refused import refused
 
 pytestmark = pytest.mark.slow  # NNCF at work
 
@@ -50,6 +51,29 @@ def test_data_sets_are_streamed_without_their_code(monkeypatch):
     read = load_calibration_prompts("some/captions", column="text", split="test", num=3)
     assert read == ["x"] * 3
     assert asked == {"name": "some/captions", "split": "test", "streaming": True}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("Cannot send a request,\nas the client"), ConnectionError("no network")],
+)
+def test_a_data_set_out_of_reach_is_one_line(error, fp16, tmp_path, monkeypatch):
+    def load_dataset(name, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    words = ("'some/captions'", "connection", str(error).splitlines()[0])
+    with refused(FileNotFoundError, "source=", *words):
+        load_calibration_prompts("some/captions")
+    source = {"calibration_prompts": "some/captions"}
+    with refused(FileNotFoundError, "calibration_prompts=", *words):
+        optimize_pipeline(fp16, tmp_path / "int8", num_samples=5, **source)
+
+
+def test_arguments_of_a_data_set_are_not_for_a_file(tmp_path):
+    (tmp_path / "captions.txt").write_text("a\n")
+    with refused(TypeError, "no argument 'colunm' (nearest: 'column')"):
+        load_calibration_prompts(tmp_path / "captions.txt", colunm="text")
 
 
 def test_shipped_captions_suffice_for_the_default_number_of_samples():

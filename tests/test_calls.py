@@ -40,7 +40,6 @@ BAD_CALLS = {
     "a number": ({"prompt": 7}, "prompt=7", "a string"),
     "bytes": ({"prompt": b"a"}, "prompt=b'a'", "a string"),
     "too many negatives": ({"negative_prompt": ["a", "b"]}, "negative_prompt=['a', 'b']", "of 1"),
-    "no negative": ({"negative_prompt": None}, "negative_prompt=None", "a string"),
     "a numeric negative": ({"negative_prompt": 3}, "negative_prompt=3", "a string"),
     "height off the grid": ({"height": 100}, "height=100", "multiple of 16"),
     "negative width": ({"width": -64}, "width=-64", "multiple of 16"),
@@ -121,6 +120,61 @@ def test_a_bad_call_is_answered_in_one_line(case, ov_pipeline):
     call, *words = case
     with refused(ValueError, *words):
         generate(ov_pipeline("alpha"), **call)
+
+
+MISSPELT = {
+    "one": ({"num_infernce_steps": 2}, "'num_infernce_steps' (nearest: 'num_inference_steps')"),
+    "two": (
+        {"guidence_scale": 4.5, "hight": 64},
+        *("'guidence_scale' (nearest: 'guidance_scale')", "'hight' (nearest: 'height')"),
+    ),
+    "another library's": ({"seed": 7}, "'seed' (nearest: 'generator')"),
+    "like nothing": ({"xyzzy": 7}, "'xyzzy'"),
+    "of callbacks": ({"callback_on_step_ends": print}, "(nearest: 'callback_on_step_end')"),
+}
+
+
+@pytest.mark.parametrize("case", MISSPELT.values(), ids=MISSPELT)
+def test_an_unknown_argument_comes_with_the_nearest_known_one(case, ov_pipeline):
+    call, *words = case
+    with refused(TypeError, "PixArtAlphaPipeline has no argument", *words):
+        ov_pipeline("alpha")("a star", **call)
+
+
+def test_no_negative_prompt_is_an_empty_one(ov_pipeline):
+    pipeline = ov_pipeline("alpha")
+    for prompt in ("a star", ["a star", "a circle"]):
+        images = [
+            generate(pipeline, prompt=prompt, negative_prompt=none, num_inference_steps=2)
+            for none in (None, "")
+        ]
+        assert (images[0] == images[1]).all()
+    none, empty = (pipeline.encode_prompt("a star", negative_prompt=n)[2] for n in (None, ""))
+    assert (none == empty).all()
+
+
+NUMPY_CALLS = {
+    "wide": {"num_inference_steps": np.int64(3), "height": np.int64(64), "width": np.uint16(64)},
+    "narrow": {"num_inference_steps": np.int8(3), "guidance_scale": np.float16(4.5)},
+    "floats and truth": {
+        "guidance_scale": np.float32(4.5),
+        "use_resolution_binning": np.bool_(False),
+        "num_images_per_prompt": np.array(1),
+    },
+    "tensors": {"guidance_scale": torch.tensor(4.5), "max_sequence_length": torch.tensor(40)},
+}
+
+
+@pytest.mark.parametrize("call", NUMPY_CALLS.values(), ids=NUMPY_CALLS)
+def test_numbers_of_numpy_and_torch_are_numbers(call, ov_pipeline):
+    assert (generate(ov_pipeline("alpha"), **call) == generate(ov_pipeline("alpha"))).all()
+
+
+def test_a_list_of_numpy_numbers_is_a_schedule(ov_pipeline):
+    pipeline = ov_pipeline("alpha")
+    schedules = ([900, 400, 100], np.array([900, 400, 100]), list(np.array([900, 400, 100])))
+    first, *others = (generate(pipeline, timesteps=timesteps) for timesteps in schedules)
+    assert all((image == first).all() for image in others)
 
 
 @pytest.mark.parametrize("prompt", ["", " ", ["", ""], "\n", "🦊", "<b>&amp;", "http://a.com"])

@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, LCMScheduler, PixArtAlphaPipeline
 from safetensors import safe_open
-from transformers import T5Tokenizer
+from transformers import T5EncoderModel, T5Tokenizer
 
 from ov_pixart_helper import convert_pipeline, default_settings, image_sizes, load_pipeline
 from pixart_tiny import evaluate, oracle, render, scenes
 
 CHECKPOINT = evaluate.CHECKPOINT
+CARD = CHECKPOINT / "README.md"
 FEW_STEP_CHECKPOINT = Path("assets/pixart-tiny-lcm")
 
 
@@ -122,9 +123,15 @@ def test_the_oracle_finds_vae_reconstructions_right(vae):
         assert wrong <= 0.01 * count
 
 
+def test_the_cards_example_loads_all_components_in_one_precision():
+    assert 'PixArtAlphaPipeline.from_pretrained("assets/pixart-tiny")' in CARD.read_text()
+    assert T5EncoderModel.from_pretrained(CHECKPOINT / "text_encoder").dtype is torch.float32
+    assert AutoencoderKL.from_pretrained(CHECKPOINT / "vae").dtype is torch.float32
+
+
 @pytest.mark.slow
 def test_a_prompt_becomes_an_image_that_depends_on_it():
-    pipeline = PixArtAlphaPipeline.from_pretrained(CHECKPOINT, torch_dtype=torch.float32)
+    pipeline = PixArtAlphaPipeline.from_pretrained(CHECKPOINT)  # as in its card
     pipeline.set_progress_bar_config(disable=True)
 
     def background(prompt):

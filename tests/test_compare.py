@@ -43,6 +43,24 @@ def known() -> Comparison:
     return known_comparison()
 
 
+@pytest.mark.parametrize(
+    ("pipelines", "words"),
+    [
+        ("folder", ("pipelines='folder'", "a dictionary")),
+        ({"a": object()}, ("pipelines['a']=", "the folder of a pipeline")),
+        ({}, ("pipelines={}", "at least one")),
+    ],
+)
+def test_pipelines_are_folders_by_label(pipelines, words):
+    with refused(ValueError, *words):
+        compare_pipelines(pipelines, "a star", seeds=0)
+
+
+def test_a_misspelt_argument_comes_with_the_nearest():
+    with refused(TypeError, "compare_pipelines has no argument 'seed'"):
+        compare_pipelines({}, "a star", seed=0)
+
+
 def test_the_table_has_one_row_per_label_and_the_promised_columns(known):
     table = known.to_dataframe()
     assert list(table.index) == ["a", "b"]

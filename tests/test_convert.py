@@ -42,6 +42,31 @@ def transformer() -> PixArtTransformer2DModel:
     return build_transformer(32, False)
 
 
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "function", [helper.convert_pipeline, helper.optimize_pipeline, helper.convert_transformer]
+)
+def test_a_misspelt_argument_comes_with_the_nearest(function, tmp_path):
+    misspelt, right = (
+        ("presett", "preset")
+        if function is helper.optimize_pipeline
+        else ("weigth_format", "weight_format")
+    )
+    with refused(TypeError, f"{function.__name__} has no argument '{misspelt}' (nearest: '{right}"):
+        function("assets", tmp_path, **{misspelt: "int8"})
+
+
+def test_a_transformer_with_size_conditions_needs_its_own_family(checkpoint, tmp_path):
+    for family in ("sigma", "sigma-1024"):
+        with refused(ValueError, "transformer=", "image sizes", "PixArtSigmaPipeline"):
+            helper.convert_pipeline(
+                checkpoint(family), tmp_path / "ov", transformer=checkpoint("alpha-ms")
+            )
+    assert not (tmp_path / "ov").exists()
+
+
 # ---- one IR for everything ----------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import re
 import socket
 import threading
@@ -34,6 +35,7 @@ from ov_pixart.demo.settings import Settings, problems, read_settings
 from ov_pixart.demo.studio import Finished, LatentPreview, Preview, Started, Studio
 from ov_pixart_helper import image_sizes
 from tests.support.fake_pipeline import PACE, FakePipeline, fake_folder
+from tests.support.refused import refused
 
 HEART = "a large red heart on a white background"
 
@@ -157,6 +159,16 @@ def test_make_demo_names_what_is_missing(tmp_path, folders):
         gh.make_demo(folders, default="INT4")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         gh.make_demo({"FP16": tmp_path / "nowhere"})
+    for given, words in (
+        (folders["FP16"], "a dictionary"),
+        ([folders["FP16"]], "a dictionary"),
+        ({"FP16": FakePipeline(folders["FP16"])}, "the folder of a pipeline"),
+        ({"FP16": None}, "the folder of a pipeline"),
+    ):
+        with refused(ValueError, "pipelines", words):
+            gh.make_demo(given)
+    with refused(TypeError, "make_demo has no argument 'defualt' (nearest: 'default')"):
+        gh.make_demo(folders, defualt="INT8")
 
 
 def test_the_png_carries_its_settings(tmp_path):
@@ -442,6 +454,22 @@ def test_closing_ends_the_run_in_progress(folders):
     PACE.go_on()
     assert not any(isinstance(update, Finished) for update in run)
     closing.join()
+
+
+@pytest.mark.parametrize("exempt", [None, "example.org", "*"])
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
+def test_a_proxy_is_not_asked_for_this_machine(name, exempt, folders, monkeypatch):
+    for variable in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")  # where nobody listens
+    if exempt:
+        monkeypatch.setenv("NO_PROXY", exempt)
+    before = dict(os.environ)
+    demo = gh.make_demo(folders)
+    gh.launch_demo(demo)
+    assert is_open(demo.server_port)
+    demo.close()
+    assert dict(os.environ) == before
 
 
 def test_nothing_leaves_the_loopback_address(folders, monkeypatch):
