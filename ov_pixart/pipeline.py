@@ -1,4 +1,4 @@
-"""The α and Σ pipelines: optimum-intel's loading and devices, diffusers' calls, static shapes."""
+"""The α and Σ pipelines: optimum-intel's loading and devices, diffusers' calls."""
 
 import inspect
 import shutil

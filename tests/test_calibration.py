@@ -67,7 +67,8 @@ def test_a_data_set_out_of_reach_is_one_line(error, fp16, tmp_path, monkeypatch)
         load_calibration_prompts("some/captions")
     source = {"calibration_prompts": "some/captions"}
     with refused(FileNotFoundError, "calibration_prompts=", *words):
-        optimize_pipeline(fp16, tmp_path / "int8", num_samples=5, **source)
+        numbers = {"num_samples": np.int64(5), "seed": np.int64(0)}
+        optimize_pipeline(fp16, tmp_path / "int8", **numbers, **source)
 
 
 def test_arguments_of_a_data_set_are_not_for_a_file(tmp_path):

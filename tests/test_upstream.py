@@ -16,6 +16,7 @@ from nncf.openvino.graph.model_transformer import OVModelTransformer
 from nncf.quantization.algorithms.weight_compression import openvino_backend
 from openvino.frontend.pytorch import patch_model
 from optimum.exporters.openvino import utils as optimum_utils
+from optimum.intel.openvino import OVDiffusionPipeline, OVStableDiffusionPipeline
 
 from ov_pixart import upstream
 from ov_pixart.compress import compress_to_8_bits
@@ -31,6 +32,23 @@ def log(caplog):
     """`log()`: the lines of ov_pixart.upstream so far."""
     caplog.set_level(logging.INFO, logger="ov_pixart.upstream")
     return lambda: [r.getMessage() for r in caplog.records if r.name == "ov_pixart.upstream"]
+
+
+def test_loading_is_handed_over_to_the_class_that_is_found(monkeypatch, tmp_path):
+    class Found:
+        from_pretrained = staticmethod(lambda *args, **kwargs: (args, kwargs))
+
+    loader = OVDiffusionPipeline
+    monkeypatch.setattr(loader, "from_pretrained", loader.from_pretrained)  # undone afterwards
+    asked = []
+    upstream.dispatch_loading(lambda name, **hub: asked.append(hub) or (name == "pixart" and Found))
+    options = {"device": "CPU", "revision": "main"}
+    assert loader.from_pretrained("pixart", True, **options) == (("pixart", True), options)
+    assert asked == [{"revision": "main"}]
+    for other in (loader, OVStableDiffusionPipeline):
+        with pytest.raises(ValueError, match="Repo id"):
+            other.from_pretrained(str(tmp_path / "nowhere"))
+    assert len(asked) == 2
 
 
 def assert_one_line(lines: list[str], start: str) -> None:
