@@ -73,6 +73,8 @@ def compare_pipelines(
         "guidance_end": guidance_end,
     }
     calls = _calls_by_label(list(folders), given, default_settings(folders[reference]))
+    for call in calls.values():
+        check_interval(call["guidance_scale"], 0.0, call["guidance_end"])
     sizes = {label: sizes_mb(folder) for label, folder in folders.items()}
     # estimated memory: weights, their repacked copy and activations (× 1.5), plus the process
     needs = {label: 1.5 * sum(size.values()) + 300 for label, size in sizes.items()}
@@ -126,10 +128,9 @@ def _calls_by_label(
                 rule = f"numbers by label, of {', '.join(map(repr, labels))}"
                 check(value.keys() <= set(labels), name, value, rule)
                 value = value.get(label)
-            call[name] = getattr(settings, name) if value is None else value
+            call[name] = getattr(settings, name) if value is None else plain(value)
             if name == "num_inference_steps" and value is None and settings.timesteps:
                 call["timesteps"] = list(settings.timesteps)
-        check_interval(call["guidance_scale"], 0.0, call["guidance_end"])
         calls[label] = call
     return calls
 

@@ -156,6 +156,7 @@ def test_no_negative_prompt_is_an_empty_one(ov_pipeline):
 NUMPY_CALLS = {
     "wide": {"num_inference_steps": np.int64(3), "height": np.int64(64), "width": np.uint16(64)},
     "narrow": {"num_inference_steps": np.int8(3), "guidance_scale": np.float16(4.5)},
+    "an interval": {"guidance_start": np.int64(0), "guidance_end": np.float32(1)},
     "floats and truth": {
         "guidance_scale": np.float32(4.5),
         "use_resolution_binning": np.bool_(False),

@@ -131,6 +131,17 @@ def test_guidance_can_end_early(callback, ov_pipeline):
     assert abs(ended - generate(pipeline, **call)).max() > 0.01
 
 
+def test_it_may_end_guidance_inside_an_interval(ov_pipeline):
+    """Rows that a callback has halved are not halved once more."""
+    pipeline = ov_pipeline("alpha")
+    names = {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}
+    call = {"num_inference_steps": 3, "callback_on_step_end": switch_guidance_off, **names}
+    with pipeline.transformer.recorded_calls() as calls:
+        both = generate(pipeline, guidance_end=0.5, **call)
+    assert [len(one["hidden_states"]) for one in calls] == [2, 1, 1]
+    assert_same(both, generate(pipeline, **call), 1e-6)
+
+
 @pytest.mark.parametrize("family", ["alpha", "sigma"])
 def test_interrupting_leaves_the_latents_as_they_are(family, ov_pipeline):
     pipeline, latents = ov_pipeline(family), []
