@@ -99,6 +99,68 @@ def memory_table() -> str:
     return table(titles, rows)
 
 
+def steps_table() -> str:
+    """Right images of PixArt-tiny, one / two objects: a row per number of steps."""
+    shown = [("sde", 1.0), ("ode", 1.0), ("unipc", 1.0), ("euler", 1.0)]
+    shown += [("sde", 0.35), ("ode", 0.35), ("unipc", 0.35)]
+    found = {
+        (line["solver"], line["end"], line["steps"]): line
+        for line in solver_report("grid")
+        if (line["start"], line["scale"]) == (0.0, 4.5)
+    }
+    rows = []
+    for steps in sorted({steps for *_, steps in found}, reverse=True):
+        lines = [found.get((*column, steps)) for column in shown]
+        evaluations = f"{2 * steps} / {found['ode', 0.35, steps]['rows']:.0f}"
+        rows.append([str(steps), evaluations, *(_right(one) if one else "–" for one in lines)])
+    titles = [f"{_SOLVERS[solver]}, {_guided(end)}" for solver, end in shown]
+    return table(["steps", "evaluations, all / 35 %", *titles], rows)
+
+
+def caches_table() -> str:
+    """Step caches and fewer steps on PixArt-tiny, by the number of evaluations."""
+    rows = [
+        [
+            f"{line['rows']:.0f}" + (f" + {line['shallow_rows']:.0f}" * (line["shallow_rows"] > 0)),
+            _SOLVERS[line["solver"]],
+            str(line["steps"]),
+            _guided(line["end"]),
+            _cache(line["cache"]),
+            _right(line),
+            f"{line['psnr_median_db']:.0f} / {line['psnr_p10_db']:.0f} dB",
+        ]
+        for line in sorted(solver_report("finalists"), key=lambda one: -one["rows"])
+        if 10 < line["rows"] < 30  # those that compete
+    ]
+    titles = ["evaluations", "solver", "steps", "guided", "cache", "right, %", "PSNR"]
+    return table(titles, rows)
+
+
+def solver_report(part: str) -> list[dict[str, Any]]:
+    """The lines of one part of `pixart_tiny.solver_study`."""
+    lines = read_json(REPORTS / "pixart-tiny-solvers.json")["rows"]
+    return [line for line in lines if line["part"] == part]
+
+
+_SOLVERS = {"sde": "stochastic", "ode": "deterministic", "unipc": "UniPC", "euler": "Euler"}
+
+
+def _guided(end: float) -> str:
+    return "all" if end == 1 else f"{100 * end:.0f} %"
+
+
+def _right(line: dict[str, Any]) -> str:
+    return f"{line['one_object']:.1f} / {line['two_objects']:.1f}"
+
+
+def _cache(cache: dict[str, Any] | None) -> str:
+    if cache is None:
+        return "–"
+    if cache["threshold"]:
+        return f"first block, threshold {cache['threshold']}"
+    return f"interval {cache['interval']}, order {cache['order']}"
+
+
 def table(titles: list[str], rows: list[list[str]]) -> str:
     """A table in Markdown."""
     lines = [titles, ["---"] * len(titles), *rows]
@@ -110,4 +172,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed-xeon": lambda: speed_table("xeon-2-cores.json"),
     "speed-epyc": lambda: speed_table("epyc-2-cores.json"),
     "settings": settings_table,
+    "steps": steps_table,
+    "caches": caches_table,
 }

@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200, help="the list's first N captions")
     parser.add_argument("--result", type=Path, default=RESULT)
     given = parser.parse_args()
-    rows = ovp.read_json(given.result) if given.result.exists() else []
+    rows = ovp.read_json(given.result)["rows"] if given.result.exists() else []
     listed = evaluate.read_captions()[: given.count]
     sizes = ovp.image_sizes(evaluate.CHECKPOINT)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as workers:
@@ -184,7 +184,7 @@ def main() -> None:
                 for row in measure(study, plan, workers):
                     rows.append(size | row)
                     print(rows[-1], flush=True)
-                    ovp.write_json(rows, given.result)
+                    ovp.write_json({"rows": rows}, given.result)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ class Variant:
     cache: Cache | None = None
 
     def is_guided(self, step: int) -> bool:
-        return round(self.start * self.steps, 6) <= step < round(self.end * self.steps, 6)
+        """Whether a step, numbered from 0, has guidance."""
+        return self.start <= step / self.steps < self.end
 
 
 class Study:
