@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from optimum.intel.openvino.modeling_diffusion import (
     OVDiffusionPipeline,
@@ -230,7 +230,7 @@ def _of_tiler(name: str) -> property:
 
 
 class OVPixArtVae(OVModelVae):
-    """Compiled VAE decoder, with the tiling and slicing of diffusers' AutoencoderKL.
+    """Compiled VAE decoder, with the tiling and slicing of diffusers' own VAE.
 
     `enable_slicing()` decodes the images of a batch one by one, and changes nothing else.
     `enable_tiling()` decodes what is larger than `tile_latent_min_size` in overlapping tiles
@@ -246,10 +246,22 @@ class OVPixArtVae(OVModelVae):
         super().__init__(decoder=decoder, encoder=encoder)
         config = {**decoder.config, "use_post_quant_conv": False}  # the IR contains that layer
         with torch.device("meta"):  # no weights: only its methods are used
-            self.tiler = AutoencoderKL.from_config(config)
+            is_tiny = "num_decoder_blocks" in config
+            self.tiler = (AutoencoderTiny if is_tiny else AutoencoderKL).from_config(config)
         self.tiler.decoder = _CompiledDecoder(decoder)
         for name in ("enable_tiling", "disable_tiling", "enable_slicing", "disable_slicing"):
             setattr(self, name, getattr(self.tiler, name))
+
+    def encode(self, sample: torch.Tensor, *args, **kwargs) -> ModelOutput:
+        """Encode images, `(B, 3, 8·h, 8·w)` from -1 to 1, to `latent_dist` of `(B, 4, h, w)`.
+
+        An AutoencoderTiny gives `latents` instead. Raises ValueError without a VAE encoder.
+        """
+        if self.encoder is None:
+            raise ValueError(
+                "This folder has no VAE encoder: run convert_pipeline with vae_encoder=True."
+            )
+        return self.encoder(sample.contiguous(), *args, **kwargs)
 
     def decode(self, latent_sample: torch.Tensor, *args, **kwargs) -> ModelOutput:
         """Decode latents, `(B, 4, h, w)`, to `sample`, `(B, 3, 8·h, 8·w)` from -1 to 1.

@@ -200,7 +200,8 @@ def _read_file(
 
 def _modules(transformer: PixArtTransformer2DModel) -> dict[str, tuple[str, ...]]:
     """Modules by name, dots as underscores, in diffusers' words and the original repository's."""
-    own = {name: (name,) for name, _ in transformer.named_modules() if name}
+    named = transformer.named_modules()
+    own = {name: (name,) for name, module in named if hasattr(module, "weight")}
     original = original_modules(len(transformer.transformer_blocks))
     return {name.replace(".", "_"): targets for name, targets in (original | own).items()}
 

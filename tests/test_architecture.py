@@ -20,8 +20,9 @@ ALLOWED = {
     "families checks quiet",
     "components": "ir memory",
     "guidance": "call_checks",
-    "pipeline": "components guidance call_checks interface load_options static_shapes convert "
-    "checkpoint hub ir storage upstream families checks quiet",
+    "partial": "ir checks",
+    "pipeline": "components guidance partial call_checks interface load_options static_shapes "
+    "convert sources checkpoint hub ir storage upstream families checks quiet",
     "loading": "pipeline guidance checkpoint sources checks quiet",
     "calibration": "pipeline loading checkpoint storage ir memory checks quiet",
     "optimize": "presets calibration checkpoint storage memory upstream ir compress cost "
