@@ -1,6 +1,7 @@
 """Compiled text encoder, transformer and VAE in the places of diffusers' own."""
 
 import contextlib
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -245,9 +246,11 @@ class OVPixArtVae(OVModelVae):
     def __init__(self, decoder: OVModelVaeDecoder, encoder: Any = None):
         super().__init__(decoder=decoder, encoder=encoder)
         config = {**decoder.config, "use_post_quant_conv": False}  # the IR contains that layer
+        is_tiny = "num_decoder_blocks" in config
+        vae_class = AutoencoderTiny if is_tiny else AutoencoderKL
+        known = inspect.signature(vae_class.__init__).parameters
         with torch.device("meta"):  # no weights: only its methods are used
-            is_tiny = "num_decoder_blocks" in config
-            self.tiler = (AutoencoderTiny if is_tiny else AutoencoderKL).from_config(config)
+            self.tiler = vae_class(**{name: config[name] for name in config if name in known})
         self.tiler.decoder = _CompiledDecoder(decoder)
         for name in ("enable_tiling", "disable_tiling", "enable_slicing", "disable_slicing"):
             setattr(self, name, getattr(self.tiler, name))

@@ -38,7 +38,7 @@ from ov_pixart.ir import IR_NAME, save_ir
 from ov_pixart.lora import fetch_loras, fuse_lora, record_loras
 from ov_pixart.memory import release_memory
 from ov_pixart.quiet import quiet, silent_nncf
-from ov_pixart.sources import VAE_ENCODER, Source, check_shared, find_source
+from ov_pixart.sources import VAE_ENCODER, Source, check_shared, find_sources
 from ov_pixart.storage import (
     CONVERSION,
     check_output,
@@ -243,27 +243,18 @@ def convert_pipeline(
     checkpoint = fetch_pipeline(model_id, hub, revision=revision, folders=FOLDERS - given)
     index = read_model_index(checkpoint)
     check_torch_folder(checkpoint, without=given)
-    sources = {
-        name: find_source(
-            component.folder, networks[component.folder], hub, checkpoint / component.folder
-        )
-        for name, component in COMPONENTS.items()
-        if networks[component.folder] is not False
-    }
-    if vae_encoder:
-        sources[VAE_ENCODER] = sources["vae_decoder"]
+    sources = find_sources(networks, hub, checkpoint, vae_encoder=vae_encoder)
     folders = {source.argument: source.folder for source in sources.values()}
     check_components_fit(folders)
     check_conditions(find_family(index["_class_name"]), folders["transformer"])
-    folders["scheduler"] = checkpoint / "scheduler"
-    if scheduler is not None:
-        folders["scheduler"] = fetch_component("scheduler", scheduler, hub)
+    place = checkpoint if scheduler is None else scheduler
+    folders["scheduler"] = fetch_component("scheduler", place, hub)
     index = {name: index[name] for name in index if name[0] == "_" or name in FOLDERS}
     index["scheduler"] = ["diffusers", read_scheduler_name(folders["scheduler"])]
     if "text_encoder" not in sources:
         index["text_encoder"] = [None, None]  # as diffusers writes it
+    check_shared(sources, weight_format, has_lora=bool(lora))
     loras = fetch_loras(lora, lora_scale, hub)
-    check_shared(sources, weight_format, has_lora=bool(loras))
     check_output(
         output_dir, {checkpoint, *folders.values(), *(place for place, _ in loras)}, COMPONENTS
     )

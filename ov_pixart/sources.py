@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
 
 from ov_pixart.checkpoint import COMPONENTS, load_component, stored_weights
-from ov_pixart.checks import read_json
+from ov_pixart.checks import check, read_json
 from ov_pixart.cost import ConversionCost, conversion_cost
 from ov_pixart.hub import HubOptions, fetch_component
 from ov_pixart.ir import IR_NAME, damage_message, ir_files, read_ir
@@ -89,6 +90,23 @@ class Source:
                 link_or_copy(file, folder / file.name, link=file.suffix == ".bin")
             record = {"weight_format": None, "source": self.fingerprint()}
             write_record(record, folder / CONVERSION)
+
+
+def find_sources(
+    networks: dict[str, Any], hub: HubOptions, checkpoint: Path, *, vae_encoder: bool
+) -> dict[str, Source]:
+    """The source of each component, by its folder among IRs.
+
+    `networks`: "text_encoder", "transformer" and "vae" → what the user has given, None for the
+    checkpoint's own, False to leave the text encoder out. Raises as `find_source` does.
+    """
+    check(isinstance(vae_encoder, bool), "vae_encoder", vae_encoder, "True or False")
+    sources = {
+        name: find_source(one.folder, networks[one.folder], hub, checkpoint / one.folder)
+        for name, one in COMPONENTS.items()
+        if not (name == "text_encoder" and networks[name] is False)
+    }
+    return sources | ({VAE_ENCODER: sources["vae_decoder"]} if vae_encoder else {})
 
 
 def find_source(argument: str, given: str | Path | None, hub: HubOptions, own: Path) -> Source:
