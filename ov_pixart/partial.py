@@ -38,6 +38,15 @@ def stand_in_transformer(*, compiled: bool) -> ov.Model | ov.CompiledModel:
 class PartialPipeline(OVDiffusionPipeline):
     """What lets a pipeline do without a network, or with a torch module, which is never saved."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises TypeError for a network that cannot be computed with."""
+        if name in _NETWORKS and value is not None and not isinstance(value, _READY):
+            raise TypeError(
+                f"{name}={type(value).__name__} cannot be used: assign a torch module, or the "
+                "component of another OpenVINO pipeline."
+            )
+        super().__setattr__(name, value)
+
     @property
     def components(self) -> dict[str, OVPipelinePart]:
         """The compiled components by name, swapped ones included, torch modules left out."""
@@ -82,7 +91,7 @@ class PartialPipeline(OVDiffusionPipeline):
         return super().encode_prompt(*args, **kwargs)
 
     def check_networks(self) -> None:
-        """Raise one line for a network that is missing or cannot be computed with."""
+        """Raise ValueError without a transformer, and for a torch module in 16 bits."""
         if self.transformer is None:
             raise ValueError(
                 "This pipeline was loaded with transformer=None and only encodes prompts, with "
@@ -90,11 +99,6 @@ class PartialPipeline(OVDiffusionPipeline):
             )
         for name in _NETWORKS:
             network = getattr(self, name)
-            if network is not None and not isinstance(network, _READY):
-                raise TypeError(
-                    f"pipeline.{name} is a {type(network).__name__}: it has to be a torch module "
-                    "or a component of an OpenVINO pipeline."
-                )
             if isinstance(network, torch.nn.Module) and network.dtype != torch.float32:
                 raise ValueError(
                     f"pipeline.{name} is in {network.dtype}, and the others pass float32: assign "
