@@ -123,10 +123,9 @@ def check_weights(folder: Path) -> None:
     """Raise ValueError unless a component's weights are safetensors, which cannot run code."""
     if any(folder.glob("*.safetensors")):
         return
-    patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf")
-    other = next((file for pattern in patterns for file in folder.glob(pattern)), None)
-    kind = "GGUF" if other and other.suffix == ".gguf" else "pickled"
-    held = f"only {kind} weights ({other.name})" if other else "no weights"
+    kinds = {**dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), "pickled"), ".gguf": "GGUF"}
+    other = next((file for file in folder.iterdir() if file.suffix in kinds), None)
+    held = f"only {kinds[other.suffix]} weights ({other.name})" if other else "no weights"
     raise ValueError(
         f"{str(folder)!r} holds {held}, and only safetensors are read: "
         "save the model again with safe_serialization=True."
@@ -140,7 +139,8 @@ def check_openvino_folder(folder: Path) -> None:
     """
     read_scheduler_name(folder / "scheduler")
     read_json(folder / "tokenizer" / "tokenizer_config.json")
-    for name in converted_components(folder):
+    left_out = read_model_index(folder).get("text_encoder") == [None, None]
+    for name in COMPONENTS if not left_out else set(COMPONENTS) - {"text_encoder"}:
         for file in (IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json"):
             if not (folder / name / file).is_file():
                 raise FileNotFoundError(
@@ -148,12 +148,6 @@ def check_openvino_folder(folder: Path) -> None:
                     "more to finish it."
                 )
     check_sizes(folder)
-
-
-def converted_components(folder: Path) -> list[str]:
-    """The components that an OpenVINO folder should have: a text encoder may be left out."""
-    left_out = read_model_index(folder).get("text_encoder") == [None, None]
-    return [name for name in COMPONENTS if not (left_out and name == "text_encoder")]
 
 
 def check_sizes(folder: Path) -> None:
