@@ -140,7 +140,7 @@ def check_openvino_folder(folder: Path) -> None:
     read_scheduler_name(folder / "scheduler")
     read_json(folder / "tokenizer" / "tokenizer_config.json")
     left_out = read_model_index(folder).get("text_encoder") == [None, None]
-    for name in COMPONENTS if not left_out else set(COMPONENTS) - {"text_encoder"}:
+    for name in list(COMPONENTS)[left_out:]:  # the text encoder is the first
         for file in (IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json"):
             if not (folder / name / file).is_file():
                 raise FileNotFoundError(

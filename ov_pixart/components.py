@@ -262,7 +262,8 @@ class OVPixArtVae(OVModelVae):
         """
         if self.encoder is None:
             raise ValueError(
-                "This folder has no VAE encoder: run convert_pipeline with vae_encoder=True."
+                "This pipeline has no VAE encoder: run convert_pipeline with vae_encoder=True and "
+                "load that folder; optimize_pipeline copies no encoder."
             )
         return self.encoder(sample.contiguous(), *args, **kwargs)
 

@@ -38,7 +38,7 @@ from ov_pixart.ir import IR_NAME, save_ir
 from ov_pixart.lora import fetch_loras, fuse_lora, record_loras
 from ov_pixart.memory import release_memory
 from ov_pixart.quiet import quiet, silent_nncf
-from ov_pixart.sources import VAE_ENCODER, Source, check_shared, find_sources
+from ov_pixart.sources import VAE_ENCODER, Source, check_shared, component_class, find_sources
 from ov_pixart.storage import (
     CONVERSION,
     check_output,
@@ -251,6 +251,7 @@ def convert_pipeline(
     folders["scheduler"] = fetch_component("scheduler", place, hub)
     index = {name: index[name] for name in index if name[0] == "_" or name in FOLDERS}
     index["scheduler"] = ["diffusers", read_scheduler_name(folders["scheduler"])]
+    index["vae"] = ["diffusers", component_class(folders["vae"], "vae").__name__]
     if "text_encoder" not in sources:
         index["text_encoder"] = [None, None]  # as diffusers writes it
     check_shared(sources, weight_format, has_lora=bool(lora))

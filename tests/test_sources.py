@@ -142,6 +142,11 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_converted(checkp
         save_file(weights, file)
         with refused(ValueError, f"transformer={str(file)!r}", "does not fit", word, "model_id"):
             helper.convert_pipeline(source, out, transformer=file)
+    vae = load_file(source / WEIGHTS["vae"])
+    vae.pop("decoder.conv_in.bias")
+    save_file(vae, tmp_path / "vae.safetensors")
+    with refused(ValueError, "vae=", "does not fit", "'decoder.conv_in.bias' is missing"):
+        helper.convert_pipeline(source, out, vae=tmp_path / "vae.safetensors")
     file.write_bytes(b"cut short")
     with refused(ValueError, f"transformer={str(file)!r}"):
         helper.convert_pipeline(source, out, transformer=file)
@@ -282,6 +287,8 @@ def test_a_text_encoder_may_be_left_out_and_come_back(checkpoint, ov_pipeline, o
     assert list(helper.summarize_models(output).index) == ["transformer", "vae_decoder"]
     with refused(FileNotFoundError, "text_encoder", "missing", "convert it first"):
         helper.optimize_pipeline(output, output.parent / "int8", **DATA)
+    with refused(ValueError, "pipelines['lean']", "with a text encoder"):
+        helper.compare_pipelines({"lean": output}, "a star", seeds=0)
     lean = load_exact(output)
     with refused(ValueError, "no text encoder", "prompt_embeds=", "encode_prompt"):
         generate(lean)
@@ -357,6 +364,7 @@ def test_an_autoencoder_tiny_gives_torchs_images_in_every_way_of_decoding(tiny):
     static = load_exact(folder).reshape(1, 64, 64, 1)
     assert static.vae.decode(torch.zeros(1, 4, 8, 8)).sample.shape == (1, 3, 64, 64)
     assert helper.default_settings(folder) == helper.default_settings(source)
+    assert json.loads((folder / "model_index.json").read_text())["vae"][1] == "AutoencoderTiny"
     assert list(helper.summarize_models(folder).index) == list(helper.COMPONENTS)
 
 
