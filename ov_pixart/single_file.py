@@ -107,8 +107,6 @@ def load_single_file(argument: str, file: Path, config: Path) -> torch.nn.Module
     try:
         with quiet():
             module = _LOADERS[argument](file, config)
-        if missing := next((name for name, one in module.named_parameters() if one.is_meta), None):
-            raise ValueError(f"{missing!r} is missing")
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise ValueError(

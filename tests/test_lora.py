@@ -176,6 +176,39 @@ def test_a_file_computes_what_peft_computes(kind, checkpoint, lora, tmp_path):
     assert relative_error(torch_noise(load_transformer(source), inputs), fused) > 0.02
 
 
+@pytest.mark.parametrize("kind", ["diffusers", "OneTrainer"])
+def test_dora_in_a_file_computes_what_peft_computes(kind, checkpoint, tmp_path):
+    torch.manual_seed(0)
+    source, inputs = checkpoint("alpha"), noise_inputs()
+    options = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"], "use_dora": True}
+    config = peft.LoraConfig(init_lora_weights=False, **options)
+    adapted = peft.get_peft_model(load_transformer(source), config)
+    state = {
+        n.removeprefix(PREFIX): one for n, one in peft.get_peft_model_state_dict(adapted).items()
+    }
+    magnitudes = {n: 1.5 * one for n, one in state.items() if n.endswith("magnitude_vector")}
+    state |= magnitudes
+    adapted.save_pretrained(tmp_path / "peft")
+    saved = {PREFIX + name: one.contiguous() for name, one in state.items()}
+    save_file(saved, tmp_path / "peft" / "adapter_model.safetensors")
+    renamed = {}
+    for name, one in state.items():
+        if kind == "diffusers":
+            renamed[as_diffusers(name)] = one.contiguous()
+        elif name in magnitudes:
+            module = name.removesuffix(".lora_magnitude_vector").replace(".", "_")
+            renamed[f"lora_transformer_{module}.dora_scale"] = one.unsqueeze(1).contiguous()
+        else:
+            renamed[FORMATS[kind][0](name)] = one.contiguous()
+    save_file(renamed, tmp_path / "dora.safetensors")
+    fused, expected = (
+        torch_noise(fuse_lora(load_transformer(source), tmp_path / place, 1.0), inputs)
+        for place in ("dora.safetensors", "peft")
+    )
+    assert relative_error(fused, expected) < 1e-5
+    assert relative_error(torch_noise(load_transformer(source), inputs), fused) > 0.02
+
+
 def test_settings_in_a_files_header_count(checkpoint, lora, tmp_path):
     file = save_as(tmp_path / "lora.safetensors", lora, as_diffusers, alpha=False)
     settings = {"transformer.lora_alpha": 4, "transformer.r": 2, "transformer.use_rslora": False}

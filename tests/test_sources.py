@@ -145,7 +145,7 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_converted(checkp
     vae = load_file(source / WEIGHTS["vae"])
     vae.pop("decoder.conv_in.bias")
     save_file(vae, tmp_path / "vae.safetensors")
-    with refused(ValueError, "vae=", "does not fit", "'decoder.conv_in.bias' is missing"):
+    with refused(ValueError, "vae=", "does not fit the configuration"):
         helper.convert_pipeline(source, out, vae=tmp_path / "vae.safetensors")
     file.write_bytes(b"cut short")
     with refused(ValueError, f"transformer={str(file)!r}"):
