@@ -1,6 +1,7 @@
 """Pipelines without some components, or with torch modules in the places of compiled ones."""
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import openvino as ov
@@ -12,14 +13,22 @@ from optimum.intel.openvino.modeling_diffusion import (
 )
 
 from ov_pixart.checks import check
-from ov_pixart.ir import static_length
+from ov_pixart.ir import IR_NAME, static_length
 
 _READY = (torch.nn.Module, OVPipelinePart, OVModelVae)
 _NETWORKS = ("text_encoder", "transformer", "vae")
 
 
 def pop_ready_networks(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take out of constructor arguments what needs no IR: torch modules, other pipelines' parts."""
+    """Take out of constructor arguments what needs no IR: torch modules, other pipelines' parts.
+
+    Raises ValueError where the VAE is left out.
+    """
+    is_there = (Path(arguments["model_save_dir"]) / "vae_decoder" / IR_NAME).is_file()
+    for name in ("vae", "vae_decoder"):
+        rule = "left out of the call: output_type='latent' does without the VAE"
+        is_none = is_there and name in arguments and arguments[name] is None
+        check(not is_none, name, None, rule)
     given = {name: arguments.get(name) for name in _NETWORKS}
     ready = {name: value for name, value in given.items() if isinstance(value, _READY)}
     for name in ready:
@@ -75,10 +84,10 @@ class PartialPipeline(OVDiffusionPipeline):
         signature = inspect.signature(self.auto_model_class.encode_prompt)
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
-        needed = {"prompt_embeds"}
+        needed = ["prompt_embeds"]
         if call.arguments["do_classifier_free_guidance"]:
-            needed.add("negative_prompt_embeds")
-        missing = sorted(name for name in needed if call.arguments[name] is None)
+            needed.append("negative_prompt_embeds")
+        missing = [name for name in needed if call.arguments[name] is None]
         absent = [name for name in ("text_encoder", "tokenizer") if getattr(self, name) is None]
         if missing and absent:
             masks = ", ".join(

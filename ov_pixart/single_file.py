@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 
-from ov_pixart.checks import read_json
+from ov_pixart.checks import read_json, shortened
 from ov_pixart.quiet import quiet
 
 _PICKLED = (".pth", ".pt", ".ckpt", ".bin", ".pkl")
@@ -108,7 +108,8 @@ def load_single_file(argument: str, file: Path, config: Path) -> torch.nn.Module
         with quiet():
             module = _LOADERS[argument](file, config)
     except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = shortened(lines[-1], 150)
         raise ValueError(
             f"{argument}={str(file)!r} does not fit the configuration in {str(config)!r} "
             f"({reason}): choose a model_id of the same architecture."

@@ -85,7 +85,8 @@ class StaticShapes:
             "width": self.width,
             "max_sequence_length": static_length(tokens),
             "images": static_length(images),
-            "prompts": self.batch_size,
+            # embeddings may be of any number of prompts that makes up the images
+            "prompts": self.batch_size if "text_encoder" in self.components else -1,
         }
         return {name: value for name, value in lengths.items() if value != -1}
 

@@ -85,6 +85,22 @@ def test_a_checkpoint_is_converted_without_the_text_encoder_that_is_not_wanted(
     assert_same(generate(lean, **embed(ov_pipeline("alpha"))), generate(ov_pipeline("alpha")), 0)
 
 
+def test_static_shapes_take_embeddings_of_one_prompt_for_all_images(fresh_pipeline, ov_pipeline):
+    lean = fresh_pipeline("alpha", text_encoder=None).reshape(1, 64, 64, 2, max_sequence_length=40)
+    call = embed(ov_pipeline("alpha"))
+    expected = generate(ov_pipeline("alpha"), num_images_per_prompt=2)
+    assert_same(generate(lean, **call), expected)
+    three = {name: one if one is None else torch.cat([one] * 3) for name, one in call.items()}
+    with refused(ValueError, "number of prompts=3", "divisor of 2"):
+        generate(lean, **three)
+
+
+def test_a_vae_is_not_left_out(fresh_pipeline):
+    for name in ("vae", "vae_decoder"):
+        with refused(ValueError, f"{name}=None", "output_type='latent'"):
+            fresh_pipeline("alpha", **{name: None})
+
+
 # ---- networks of torch --------------------------------------------------------------------------
 
 CLASSES = {
