@@ -106,7 +106,10 @@ def _static_arguments(
         rule = f"{fixed['prompts']}, as reshape has fixed, or reshape again"
         check(prompts == fixed["prompts"], "number of prompts", prompts, rule)
     if "images" in fixed:
-        fixed["num_images_per_prompt"] = fixed["images"] // prompts
+        images = fixed["images"]
+        rule = f"a divisor of {images} images, as reshape has fixed, or reshape again"
+        check(images % prompts == 0, "number of prompts", prompts, rule)
+        fixed["num_images_per_prompt"] = images // prompts
     arguments = {}
     for name in ("height", "width", "num_images_per_prompt", "max_sequence_length"):
         if name in fixed:

@@ -123,8 +123,9 @@ def check_weights(folder: Path) -> None:
     """Raise ValueError unless a component's weights are safetensors, which cannot run code."""
     if any(folder.glob("*.safetensors")):
         return
-    pickled = next(itertools.chain(folder.glob("*.bin"), folder.glob("*.pt")), None)
-    held = f"only pickled weights ({pickled.name})" if pickled else "no weights"
+    kinds = {**dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), "pickled"), ".gguf": "GGUF"}
+    other = next((file for file in folder.iterdir() if file.suffix in kinds), None)
+    held = f"only {kinds[other.suffix]} weights ({other.name})" if other else "no weights"
     raise ValueError(
         f"{str(folder)!r} holds {held}, and only safetensors are read: "
         "save the model again with safe_serialization=True."
@@ -138,7 +139,8 @@ def check_openvino_folder(folder: Path) -> None:
     """
     read_scheduler_name(folder / "scheduler")
     read_json(folder / "tokenizer" / "tokenizer_config.json")
-    for name in COMPONENTS:
+    left_out = read_model_index(folder).get("text_encoder") == [None, None]
+    for name in list(COMPONENTS)[left_out:]:  # the text encoder is the first
         for file in (IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json"):
             if not (folder / name / file).is_file():
                 raise FileNotFoundError(
@@ -162,7 +164,7 @@ def check_components_fit(folders: dict[str, Path]) -> None:
         ("text_encoder", "d_model", "caption_channels"),
         ("vae", "latent_channels", "in_channels"),
     ):
-        width = read_json(folders[name] / "config.json").get(theirs)
+        width = read_json(folders[name] / "config.json").get(theirs) if name in folders else None
         expected = transformer.get(ours)
         if None not in (width, expected) and width != expected:
             raise ValueError(
@@ -228,11 +230,11 @@ _WEIGHTS = re.compile(r"(?:diffusion_pytorch_)?model(?:\.(\w+))?(?:-\d+-of-\d+)?
 
 
 def stored_weights(folder: Path) -> StoredWeights:
-    """Read from the headers of a component's safetensors files what they hold.
+    """Read from the headers of a component's safetensors files, or of one file, what they hold.
 
     Raises FileNotFoundError where there are none of the usual names, ValueError for a damaged one.
     """
-    variants: dict[str, list[Path]] = {}
+    variants: dict[str, list[Path]] = {"": [folder]} if folder.is_file() else {}
     for file in sorted(folder.glob("*.safetensors")):
         if match := _WEIGHTS.fullmatch(file.name):
             variants.setdefault(match.group(1) or "", []).append(file)

@@ -1,6 +1,7 @@
 """Compiled text encoder, transformer and VAE in the places of diffusers' own."""
 
 import contextlib
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from optimum.intel.openvino.modeling_diffusion import (
     OVDiffusionPipeline,
@@ -230,7 +231,7 @@ def _of_tiler(name: str) -> property:
 
 
 class OVPixArtVae(OVModelVae):
-    """Compiled VAE decoder, with the tiling and slicing of diffusers' AutoencoderKL.
+    """Compiled VAE decoder, with the tiling and slicing of diffusers' own VAE.
 
     `enable_slicing()` decodes the images of a batch one by one, and changes nothing else.
     `enable_tiling()` decodes what is larger than `tile_latent_min_size` in overlapping tiles
@@ -245,11 +246,26 @@ class OVPixArtVae(OVModelVae):
     def __init__(self, decoder: OVModelVaeDecoder, encoder: Any = None):
         super().__init__(decoder=decoder, encoder=encoder)
         config = {**decoder.config, "use_post_quant_conv": False}  # the IR contains that layer
+        is_tiny = "num_decoder_blocks" in config
+        vae_class = AutoencoderTiny if is_tiny else AutoencoderKL
+        known = inspect.signature(vae_class.__init__).parameters
         with torch.device("meta"):  # no weights: only its methods are used
-            self.tiler = AutoencoderKL.from_config(config)
+            self.tiler = vae_class(**{name: config[name] for name in config if name in known})
         self.tiler.decoder = _CompiledDecoder(decoder)
         for name in ("enable_tiling", "disable_tiling", "enable_slicing", "disable_slicing"):
             setattr(self, name, getattr(self.tiler, name))
+
+    def encode(self, sample: torch.Tensor, *args, **kwargs) -> ModelOutput:
+        """Encode images, `(B, 3, 8·h, 8·w)` from -1 to 1, to `latent_dist` of `(B, 4, h, w)`.
+
+        An AutoencoderTiny gives `latents` instead. Raises ValueError without a VAE encoder.
+        """
+        if self.encoder is None:
+            raise ValueError(
+                "This pipeline has no VAE encoder: run convert_pipeline with vae_encoder=True and "
+                "load that folder; optimize_pipeline copies no encoder."
+            )
+        return self.encoder(sample.contiguous(), *args, **kwargs)
 
     def decode(self, latent_sample: torch.Tensor, *args, **kwargs) -> ModelOutput:
         """Decode latents, `(B, 4, h, w)`, to `sample`, `(B, 3, 8·h, 8·w)` from -1 to 1.

@@ -5,11 +5,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import openvino as ov
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, PixArtTransformer2DModel
 from tqdm.auto import tqdm
 from transformers import T5EncoderModel, T5Tokenizer
 
@@ -21,30 +21,29 @@ from ov_pixart.checkpoint import (
     check_components_fit,
     check_replaceable,
     check_torch_folder,
-    load_component,
     read_model_index,
     read_scheduler_name,
 )
-from ov_pixart.checks import check, is_number, public
+from ov_pixart.checks import check, public
 from ov_pixart.compress import (
     compress_to_4_bits,
     compress_to_8_bits,
     int4_group_size,
     matching_layers,
 )
-from ov_pixart.cost import ConversionCost, check_resources, conversion_cost
+from ov_pixart.cost import ConversionCost, check_resources
 from ov_pixart.families import check_conditions, find_family
 from ov_pixart.hub import HubOptions, fetch_component, fetch_pipeline
-from ov_pixart.ir import save_ir
-from ov_pixart.lora import fetch_lora, fuse_lora
+from ov_pixart.ir import IR_NAME, save_ir
+from ov_pixart.lora import fetch_loras, fuse_lora, record_loras
 from ov_pixart.memory import release_memory
 from ov_pixart.quiet import quiet, silent_nncf
+from ov_pixart.sources import VAE_ENCODER, Source, check_shared, component_class, find_sources
 from ov_pixart.storage import (
     CONVERSION,
     check_output,
     explain_write_errors,
     find_damage,
-    fingerprint,
     locked,
     read_record,
     staged,
@@ -55,6 +54,7 @@ from ov_pixart.trace import (
     trace_text_encoder,
     trace_transformer,
     trace_vae_decoder,
+    trace_vae_encoder,
     traceable,
 )
 from ov_pixart.upstream import free_weights_while_compressing
@@ -72,6 +72,7 @@ _TRACERS: dict[str, Callable[[Any], ov.Model]] = {
     "text_encoder": trace_text_encoder,
     "transformer": trace_transformer,
     "vae_decoder": trace_vae_decoder,
+    VAE_ENCODER: trace_vae_encoder,
 }
 # The tables of `Sinusoids` look like embeddings to NNCF; at 8 bits they would lose the angles.
 _FLOATING = (r"\.sinusoids/",)
@@ -112,7 +113,7 @@ def convert_transformer(
 
 @public
 def convert_vae_decoder(
-    vae: AutoencoderKL, output_dir: str | Path, *, weight_format: str = "fp16"
+    vae: AutoencoderKL | AutoencoderTiny, output_dir: str | Path, *, weight_format: str = "fp16"
 ) -> Path:
     """Convert the decoding half of the VAE to an IR, and return `output_dir`.
 
@@ -192,12 +193,13 @@ def convert_pipeline(
     output_dir: str | Path,
     *,
     weight_format: str | dict[str, str] = "fp16",
-    text_encoder: str | Path | None = None,
+    text_encoder: str | Path | Literal[False] | None = None,
     transformer: str | Path | None = None,
     vae: str | Path | None = None,
+    vae_encoder: bool = False,
     scheduler: str | Path | None = None,
-    lora: str | Path | None = None,
-    lora_scale: float = 1.0,
+    lora: str | Path | list[str | Path] | None = None,
+    lora_scale: float | list[float] = 1.0,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     token: str | bool | None = None,
@@ -212,9 +214,13 @@ def convert_pipeline(
     of COMPONENTS.
     `text_encoder`, `transformer`, `vae`, `scheduler`: take this component from elsewhere, an id or
     a folder that holds it alone or in a subfolder of its name. Fine-tuned and few-step models
-    often publish nothing but a transformer.
-    `lora`: an id or a folder of a LoRA for the transformer, as peft saves it; it is added to the
-    weights, `lora_scale` times, before they are converted.
+    often publish nothing but a transformer. A network may also be a single `.safetensors` file,
+    read with the configuration of `model_id`, or an OpenVINO folder, whose IR is shared as it is.
+    `text_encoder=False` leaves the text encoder out: such a pipeline takes embeddings.
+    `vae_encoder`: convert that half of the VAE too, for `pipeline.vae.encode`.
+    `lora`: LoRAs for the transformer, one or a list: ids, `.safetensors` files or folders, as
+    peft, diffusers or OneTrainer save them. Each is added to the weights, `lora_scale` times,
+    before they are converted.
     `revision` (of `model_id`), `cache_dir`, `token`, `local_files_only`: as in `huggingface_hub`.
     `force`: convert again what is already there.
 
@@ -228,36 +234,38 @@ def convert_pipeline(
     """
     formats = _weight_formats(weight_format)
     check(isinstance(output_dir, str | Path), "output_dir", output_dir, "the path of a folder")
-    check(is_number(lora_scale), "lora_scale", lora_scale, "a number; 1 is full strength")
     output_dir = Path(output_dir)
     hub = HubOptions(cache_dir, token, local_files_only)
-    given = {
-        "text_encoder": text_encoder,
-        "transformer": transformer,
-        "vae": vae,
-        "scheduler": scheduler,
-    }
-    given = {name: place for name, place in given.items() if place is not None}
+    networks = {"text_encoder": text_encoder, "transformer": transformer, "vae": vae}
+    given = {**networks, "scheduler": scheduler}
+    given = {name for name, place in given.items() if place is not None}
 
-    checkpoint = fetch_pipeline(model_id, hub, revision=revision, folders=FOLDERS - set(given))
+    checkpoint = fetch_pipeline(model_id, hub, revision=revision, folders=FOLDERS - given)
     index = read_model_index(checkpoint)
     check_torch_folder(checkpoint, without=given)
-    folders = {name: checkpoint / name for name in FOLDERS}
-    folders |= {name: fetch_component(name, place, hub) for name, place in given.items()}
+    sources = find_sources(networks, hub, checkpoint, vae_encoder=vae_encoder)
+    folders = {source.argument: source.folder for source in sources.values()}
     check_components_fit(folders)
     check_conditions(find_family(index["_class_name"]), folders["transformer"])
+    place = checkpoint if scheduler is None else scheduler
+    folders["scheduler"] = fetch_component("scheduler", place, hub)
     index = {name: index[name] for name in index if name[0] == "_" or name in FOLDERS}
     index["scheduler"] = ["diffusers", read_scheduler_name(folders["scheduler"])]
-    if lora is not None:
-        folders["lora"] = fetch_lora(lora, hub)
-    check_output(output_dir, {checkpoint, *folders.values()}, COMPONENTS)
+    index["vae"] = ["diffusers", component_class(folders["vae"], "vae").__name__]
+    if "text_encoder" not in sources:
+        index["text_encoder"] = [None, None]  # as diffusers writes it
+    check_shared(sources, weight_format, has_lora=bool(lora))
+    loras = fetch_loras(lora, lora_scale, hub)
+    check_output(
+        output_dir, {checkpoint, *folders.values(), *(place for place, _ in loras)}, COMPONENTS
+    )
 
-    conversion = _Conversion(folders, lora_scale, output_dir, formats)
+    conversion = _Conversion(sources, loras, output_dir, formats)
     conversion.check_room(force)
     with locked(output_dir):
         conversion.run(force)
         with quiet(), staged(output_dir / "tokenizer") as folder:  # a `spiece.model` is enough
-            tokenizer = T5Tokenizer.from_pretrained(folders["tokenizer"], local_files_only=True)
+            tokenizer = T5Tokenizer.from_pretrained(checkpoint / "tokenizer", local_files_only=True)
             tokenizer.save_pretrained(folder)
         with staged(output_dir / "scheduler") as folder:
             name = "scheduler_config.json"
@@ -281,20 +289,22 @@ def _weight_formats(weight_format: str | dict[str, str]) -> dict[str, str]:
 class _Conversion:
     """What `convert_pipeline` converts: where from, where to, in which formats."""
 
-    folders: dict[str, Path]  # of the checkpoint, by FOLDERS and "lora"
-    lora_scale: float
+    sources: dict[str, Source]  # by the names of the output's folders
+    loras: list[tuple[Path, float]]
     output_dir: Path
     formats: dict[str, str]
 
-    def folder(self, name: str) -> Path:
-        return self.folders[COMPONENTS[name].folder]
+    def format(self, name: str) -> str | None:
+        """None for an IR that is shared as it is; the VAE's halves have one format."""
+        if self.sources[name].is_ir:
+            return None
+        return self.formats["vae_decoder" if name == VAE_ENCODER else name]
 
     def source(self, name: str) -> dict[str, Any]:
         """Fingerprint of the files that a component is made from."""
-        source = _fingerprint(self.folder(name))
-        if name == "transformer" and "lora" in self.folders:
-            lora = {"scale": self.lora_scale, **_fingerprint(self.folders["lora"])}
-            source = {**source, "lora": lora}
+        source = self.sources[name].fingerprint()
+        if name == "transformer" and self.loras:
+            source = {**source, "lora": record_loras(self.loras)}
         return source
 
     def is_finished(self, name: str, *, hashed: bool = False) -> bool:
@@ -305,27 +315,39 @@ class _Conversion:
         folder = self.output_dir / name
         record = read_record(folder / CONVERSION)
         return (
-            record.get("weight_format") == self.formats[name]
+            bool(record)
+            and record.get("weight_format") == self.format(name)
             and record["source"] in (None, self.source(name))
             and find_damage(folder, record, hashed=hashed) is None
         )
 
     def cost(self, name: str) -> ConversionCost:
-        return conversion_cost(self.folder(name), self.formats[name])
+        return self.sources[name].cost(self.format(name), self.output_dir)
+
+    @property
+    def left_out(self) -> list[str]:
+        """Components of an earlier call that this one does without."""
+        others = {"text_encoder", VAE_ENCODER} - set(self.sources)
+        return [name for name in others if (self.output_dir / name / IR_NAME).is_file()]
 
     def check_room(self, force: bool) -> None:
         """Raise an error now if what is missing could not be written, or made, later."""
-        missing = [name for name in COMPONENTS if force or not self.is_finished(name)]
-        check_replaceable(self.output_dir, [*missing, "tokenizer", "scheduler"])
-        check_resources({name: self.cost(name) for name in missing}, self.output_dir)
+        missing = [name for name in self.sources if force or not self.is_finished(name)]
+        names = [*missing, *self.left_out, "tokenizer", "scheduler"]
+        check_replaceable(self.output_dir, names)
+        costs = {name: self.cost(name) for name in missing}
+        check_resources(costs, self.output_dir)
 
     def run(self, force: bool) -> None:
-        """Convert the components that are not finished, one at a time."""
-        missing = [name for name in COMPONENTS if force or not self.is_finished(name, hashed=True)]
-        if missing:
+        """Convert the components that are not finished, one at a time; remove what is left out."""
+        names = list(self.sources)
+        missing = [name for name in names if force or not self.is_finished(name, hashed=True)]
+        if missing or self.left_out:
             (self.output_dir / MODEL_INDEX).unlink(missing_ok=True)
-        with tqdm(total=len(COMPONENTS), unit="component") as bar:
-            for name in COMPONENTS:
+        for name in self.left_out:
+            shutil.rmtree(self.output_dir / name)
+        with tqdm(total=len(names), unit="component") as bar:
+            for name in names:
                 bar.set_description(f"Keeping {name}")
                 if name in missing:
                     self._convert(name, bar)
@@ -334,18 +356,18 @@ class _Conversion:
             bar.set_description("Converted")
 
     def _convert(self, name: str, bar: tqdm) -> None:
+        source, output = self.sources[name], self.output_dir / name
+        if source.is_ir:
+            bar.set_description(f"Sharing {name}")
+            source.share(output)
+            return
         memory = self.cost(name).memory / 1e9
 
         def report(stage: str) -> None:
             bar.set_description(f"Converting {name}, {memory:.1f} GB of memory: {stage}")
 
         report("loading")
-        module = load_component(self.folder(name), COMPONENTS[name].loader)
-        if name == "transformer" and "lora" in self.folders:
-            module = fuse_lora(module, self.folders["lora"], self.lora_scale)
-        output = self.output_dir / name
-        convert_component(name, module, output, self.formats[name], self.source(name), report)
-
-
-def _fingerprint(folder: Path) -> dict[str, list[int]]:
-    return fingerprint([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+        module = source.load()
+        for place, scale in self.loras if name == "transformer" else ():
+            module = fuse_lora(module, place, scale)
+        convert_component(name, module, output, self.format(name), self.source(name), report)

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HFValidationError
 
 from ov_pixart.checkpoint import COMPONENTS, FOLDERS, check_weights
 from ov_pixart.checks import check
+from ov_pixart.ir import IR_NAME
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,19 @@ def fetch_pipeline(
 
 
 def fetch_component(name: str, given: str | Path, hub: HubOptions) -> Path:
-    """The local folder of a single component: alone, or in a subfolder of its name.
+    """The local folder of a single component: alone, or in a subfolder of its name; also an IR's.
 
     Raises ValueError or FileNotFoundError that names the argument `name`.
     """
     weights = [f"{name}/*.safetensors", "model*.safetensors"]
     weights += ["diffusion_pytorch_model*.safetensors"]
+    ir = next((key for key, one in COMPONENTS.items() if one.folder == name), name)
+    weights += [f"{ir}/openvino*", "openvino_model.*"]
     weights = [] if name == "scheduler" else weights
     folder = _fetch(name, given, hub, weights)
+    for place in () if name == "scheduler" else (folder / ir, folder):
+        if (place / IR_NAME).is_file() and (place / "config.json").is_file():
+            return place
     folder = folder / name if (folder / name).is_dir() else folder
     config = folder / ("scheduler_config.json" if name == "scheduler" else "config.json")
     if not config.is_file():
@@ -61,7 +67,7 @@ def fetch_component(name: str, given: str | Path, hub: HubOptions) -> Path:
 
 def fetch_lora_folder(lora: str | Path, hub: HubOptions) -> Path:
     """The local folder of a LoRA; raises as `fetch_component` does."""
-    return _fetch("lora", lora, hub, ["*adapter_model.safetensors"])
+    return _fetch("lora", lora, hub, ["*adapter_model.safetensors", "*lora*.safetensors"])
 
 
 def _fetch(
@@ -75,6 +81,8 @@ def _fetch(
     check(is_name, argument, given, "a folder or a Hugging Face id")
     if Path(given).is_dir():
         return Path(given)
+    if Path(given).is_file():
+        raise ValueError(f"{argument}={str(given)!r} is a file: name the folder that holds it.")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(given)) or isinstance(given, Path):
         raise FileNotFoundError(
             f"{argument}={str(given)!r} is neither a folder here nor a Hugging Face id: "

@@ -16,7 +16,7 @@ _LOADING = {
     *("device", "ov_config", "compile", "compile_only", "dynamic_shapes", "release_text_encoder"),
     *("quantization_config", "load_in_8bit"),
     # objects, in place of what the folder holds
-    *("scheduler", "tokenizer", "text_encoder", "transformer", "vae_decoder", "vae_encoder"),
+    *("scheduler", "tokenizer", "text_encoder", "transformer", "vae", "vae_decoder", "vae_encoder"),
 }
 # of torch pipelines: how weights are stored does not matter here
 _NO_EFFECT = {"torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage"}

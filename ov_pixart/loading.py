@@ -12,6 +12,7 @@ from ov_pixart.checks import check_names
 from ov_pixart.guidance import with_interval
 from ov_pixart.pipeline import PIPELINES
 from ov_pixart.quiet import hide_loading_bars, quiet
+from ov_pixart.sources import component_class
 
 
 def load_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
@@ -28,10 +29,10 @@ def load_pipeline(folder: str | Path, **options: Any) -> DiffusionPipeline:
     else:
         known = inspect.signature(family.torch_class).parameters
         check_names("load_pipeline, for a torch folder,", options, known)
-        modules = {
-            component.folder: load_component(folder / component.folder, component.loader).float()
-            for component in COMPONENTS.values()
-        }
+        modules = {}
+        for name in (component.folder for component in COMPONENTS.values()):
+            loader = component_class(folder / name, name)  # the VAE may be an AutoencoderTiny
+            modules[name] = load_component(folder / name, loader).float()
         tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         with quiet(), hide_loading_bars():
             pipeline = with_interval(family.torch_class).from_pretrained(

@@ -18,6 +18,7 @@ from optimum.intel.openvino.modeling_diffusion import OVDiffusionPipeline
 
 from ov_pixart.call_checks import CallLimits, complete_call, warn_of_cut_prompts
 from ov_pixart.checkpoint import (
+    COMPONENT_FILES,
     COMPONENTS,
     MODEL_INDEX,
     check_openvino_folder,
@@ -40,13 +41,15 @@ from ov_pixart.ir import (
     read_ir,
 )
 from ov_pixart.load_options import split_options
+from ov_pixart.partial import PartialPipeline, pop_ready_networks, stand_in_transformer
 from ov_pixart.quiet import without_log_message
+from ov_pixart.sources import VAE_ENCODER
 from ov_pixart.static_shapes import StaticShapes
-from ov_pixart.storage import RECORDS, write_json
+from ov_pixart.storage import write_json
 from ov_pixart.upstream import dispatch_loading, hide_length_warning
 
 
-class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
+class OVPixArtPipeline(StaticShapes, FamiliarInterface, PartialPipeline):
     """What α and Σ share: optimum's pipeline with PixArt's transformer, shapes and checks."""
 
     family: Family
@@ -58,14 +61,21 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
 
         Every way to load a pipeline ends here, so this is where stored compile options are read.
         """
+        folder, ready = Path(kwargs["model_save_dir"]), pop_ready_networks(kwargs)
+        left_out = (
+            kwargs.get("transformer") is None and (folder / "transformer" / IR_NAME).is_file()
+        )
+        if left_out:  # asked for, or a torch module comes in its place
+            compiled = kwargs.get("compile_only", False)
+            kwargs["transformer"] = stand_in_transformer(compiled=compiled)
         for name in ("transformer", "vae_decoder"):
             if kwargs.get(name) is None:
                 raise FileNotFoundError(
-                    f"{str(kwargs.get('model_save_dir'))!r} has no {name}/{IR_NAME}: "
+                    f"{str(folder)!r} has no {name}/{IR_NAME}: "
                     "run convert_pipeline once more to finish the folder."
                 )
         kwargs["device"] = device_name(kwargs.get("device", "CPU"))
-        check_sizes(Path(kwargs["model_save_dir"]))
+        check_sizes(folder)
         self._turn = threading.RLock()
         inputs = kwargs["transformer"].inputs
         is_dynamic = any(port.get_partial_shape().is_dynamic for port in inputs)
@@ -74,7 +84,8 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
         # Compile later (unless all is compiled already): the transformer is about to be replaced.
         super().__init__(*args, compile=compile and kwargs.get("compile_only", False), **kwargs)
         self.is_dynamic = self.is_dynamic or is_dynamic
-        self.transformer = OVPixArtTransformer(self.transformer.model, self, "transformer")
+        transformer = OVPixArtTransformer(self.transformer.model, self, "transformer")
+        self.transformer = None if left_out else transformer
         if self.text_encoder is not None:
             self.text_encoder = OVPixArtTextEncoder(self.text_encoder.model, self, "text_encoder")
         self._releases_text_encoder = release_text_encoder
@@ -84,7 +95,10 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
             user = dict(kwargs.get("ov_config") or {})
             is_model = not self._compile_only
             component.ov_config = compile_config(component.model, user) if is_model else user
-        hide_length_warning(self.tokenizer)  # `warn_of_cut_prompts` replaces it
+        for name, network in ready.items():
+            setattr(self, name, network)
+        if self.tokenizer is not None:
+            hide_length_warning(self.tokenizer)  # `warn_of_cut_prompts` replaces it
         if release_text_encoder:
             self.release_text_encoder()
         if compile:
@@ -103,7 +117,7 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
         does this after every prompt, and does not load it before the first. Raises
         FileNotFoundError where its IR is no longer on disk.
         """
-        if self.text_encoder is not None:
+        if isinstance(self.text_encoder, OVPixArtTextEncoder):
             with self._turn:
                 self.text_encoder.release()
 
@@ -170,6 +184,9 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
                 f"{', '.join(conversion)}= cannot be applied to model_id={str(model_id)!r}, which "
                 "is converted already: give them to convert_pipeline, with the checkpoint."
             )
+        elsewhere = loading.get("text_encoder", False)
+        if elsewhere is not False and not isinstance(elsewhere, ov.Model):
+            conversion["text_encoder"] = False  # None, or a network that needs no IR
         try:
             if converted:
                 folder = convert_pipeline(folder, converted, **conversion, **hub)
@@ -207,9 +224,7 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
                 f"save_directory={str(folder)!r} is where this pipeline reads its weights from: "
                 "choose another folder."
             )
-        for name, component in self.components.items():
-            fits = self._compile_only or isinstance(getattr(component, "model", None), ov.Model)
-            check(fits, name, type(component).__name__, "an OpenVINO component, to be saved")
+        self.check_saveable()
         classes = {
             "scheduler": ["diffusers", type(self.scheduler).__name__],
             "tokenizer": ["transformers", type(self.tokenizer).__name__],
@@ -218,8 +233,13 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
         rule = "of a class that diffusers has, or it could not be loaded again"
         check(hasattr(diffusers, classes["scheduler"][1]), "scheduler", self.scheduler, rule)
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (MODEL_INDEX, *(f"{part}/{file}" for part in COMPONENTS for file in RECORDS)):
-            (folder / name).unlink(missing_ok=True)  # of an earlier pipeline
+        parts = (*COMPONENTS, VAE_ENCODER)
+        for name in (
+            MODEL_INDEX,
+            *(f"{part}/{file}" for part in parts for file in COMPONENT_FILES),
+        ):
+            # of an earlier pipeline; written into, a hard link would change other folders too
+            (folder / name).unlink(missing_ok=True)
         self._save_pretrained(folder)
         # optimum copies configurations and index from the own folder; components may be swapped
         for name, component in self.components.items():
@@ -235,11 +255,6 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
         raise TypeError(
             "An OpenVINO pipeline can be neither copied nor pickled: load its folder once more."
         )
-
-    @property
-    def components(self) -> dict[str, Any]:
-        """The compiled components by name, a VAE that was swapped included."""
-        return {**super().components, "vae_decoder": self.vae.decoder}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -288,6 +303,7 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
         given = {**given.pop("kwargs", {}), **given}
         del given["self"]
         defaults = {name: signature.parameters[name].default for name in names}
+        self.check_networks()
         call = complete_call(given, defaults, self._limits)
         start, end = plain(guidance_start), plain(guidance_end)
         interval = guidance_interval(self, call["guidance_scale"], start, end)
@@ -295,7 +311,8 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, OVDiffusionPipeline):
         # One caller at a time: the scheduler, the progress bar and the compiled models keep state.
         quiet = without_log_message(self.auto_model_class.__module__, "truncated")
         with self._turn, interval, quiet:
-            warn_of_cut_prompts(self, call)
+            if self.tokenizer is not None:
+                warn_of_cut_prompts(self, call)
             with step_end:  # inside the interval, which must see what a callback has halved
                 return super().__call__(**call)
 

@@ -10,9 +10,12 @@ class StaticShapes:
     @property
     def batch_size(self) -> int:
         """Prompts per call that the components are shaped for, -1 if any number."""
-        if self.text_encoder is None:
-            return static_length(self.transformer.model.inputs[0].get_partial_shape()[0])
-        return static_length(self.text_encoder.input_shape[0])
+        parts = self.components
+        if "text_encoder" in parts:
+            return static_length(parts["text_encoder"].input_shape[0])
+        if "transformer" in parts:
+            return static_length(parts["transformer"].model.inputs[0].get_partial_shape()[0])
+        return -1
 
     @public
     def reshape(
@@ -53,36 +56,42 @@ class StaticShapes:
         images = -1 if -1 in counts.values() else batch_size * num_images_per_prompt
         rows, columns = (s if s == -1 else s // self.vae_scale_factor for s in (height, width))
 
-        reshape_inputs(
-            self.transformer.model,
-            hidden_states={0: images, 2: rows, 3: columns},
-            timestep={0: images},
-            encoder_hidden_states={0: images, 1: tokens},
-            encoder_attention_mask={0: images, 1: tokens},
-            resolution={0: images},
-            aspect_ratio={0: images},
-        )
-        reshape_inputs(self.vae.decoder.model, latent_sample={0: images, 2: rows, 3: columns})
-        if self.text_encoder is not None:
-            text = {0: batch_size, 1: tokens}
-            reshape_inputs(self.text_encoder.model, input_ids=text, attention_mask=text)
+        latents, text = {0: images, 2: rows, 3: columns}, {0: batch_size, 1: tokens}
+        inputs = {
+            "hidden_states": latents,
+            "timestep": {0: images},
+            "encoder_hidden_states": {0: images, 1: tokens},
+            "encoder_attention_mask": {0: images, 1: tokens},
+            "resolution": {0: images},
+            "aspect_ratio": {0: images},
+            "latent_sample": latents,
+            "input_ids": text,
+            "attention_mask": text,
+        }
+        for name, component in self.components.items():
+            if name != "vae_encoder":  # it stays free: what is encoded may have another size
+                reshape_inputs(component.model, **inputs)
         self.clear_requests()
         return self
 
     @property
     def static_arguments(self) -> dict[str, int]:
         """Arguments of a call that static shapes have fixed, and their values."""
+        if "transformer" not in self.components:
+            return {}
         images, tokens, _ = self.transformer.model.input("encoder_hidden_states").partial_shape
         lengths = {
             "height": self.height,
             "width": self.width,
             "max_sequence_length": static_length(tokens),
             "images": static_length(images),
-            "prompts": self.batch_size,
+            # embeddings may be of any number of prompts that makes up the images
+            "prompts": self.batch_size if "text_encoder" in self.components else -1,
         }
         return {name: value for name, value in lengths.items() if value != -1}
 
     @property
     def token_pixels(self) -> int:
         """Pixels per token of the transformer: 8 in the VAE times 2 in the patch."""
-        return self.vae_scale_factor * self.transformer.config.patch_size
+        patch = self.transformer.config.patch_size if self.transformer else 2
+        return self.vae_scale_factor * patch

@@ -111,6 +111,16 @@ def staged_file(file: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def link_or_copy(source: Path, target: Path, *, link: bool) -> None:
+    """Make `target` a copy of a file; with `link`, a hard link where the file system has them."""
+    source = source.resolve()  # in the hub's cache, files are symbolic links
+    if link:
+        with contextlib.suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)
+
+
 def write_json(content: Any, file: Path) -> None:
     """Write all of a JSON file or nothing; raises OSError where it cannot be written."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import openvino as ov
 import torch
-from diffusers import AutoencoderKL, PixArtTransformer2DModel
+from diffusers import AutoencoderKL, AutoencoderTiny, PixArtTransformer2DModel
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from optimum.exporters.openvino.model_configs import T5EncoderOpenVINOConfig
 from transformers import T5EncoderModel
@@ -222,24 +222,64 @@ def _remove_token_squeeze(model: ov.Model) -> None:
 class VaeDecoderWrapper(torch.nn.Module):
     """Half of the VAE, without the tiling and slicing that `vae.decode` decides on in Python."""
 
-    def __init__(self, vae: AutoencoderKL):
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny):
         super().__init__()
-        self.post_quant_conv = vae.post_quant_conv or torch.nn.Identity()
+        self.post_quant_conv = getattr(vae, "post_quant_conv", None) or torch.nn.Identity()
         self.decoder = vae.decoder
 
     def forward(self, latent_sample):
         return self.decoder(self.post_quant_conv(latent_sample))
 
 
-def trace_vae_decoder(vae: AutoencoderKL) -> ov.Model:
+class VaeEncoderWrapper(torch.nn.Module):
+    """The other half: mean and log-variance of the latents; of an AutoencoderTiny, the latents."""
+
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny):
+        super().__init__()
+        self.encoder = vae.encoder
+        self.quant_conv = getattr(vae, "quant_conv", None) or torch.nn.Identity()
+
+    def forward(self, sample):
+        return self.quant_conv(self.encoder(sample))
+
+
+def trace_vae_decoder(vae: AutoencoderKL | AutoencoderTiny) -> ov.Model:
     """`latent_sample` `(B, 4, h, w)` → `sample` `(B, 3, 8·h, 8·w)` from -1 to 1, float32."""
     channels = vae.config.latent_channels
-    return _trace(
+    model = _trace(
         VaeDecoderWrapper(vae),
         example={"latent_sample": torch.randn(1, channels, 8, 12)},
         inputs={"latent_sample": ([-1, channels, -1, -1], ov.Type.f32)},
         output="sample",
     )
+    return _with_vae_scale(model, vae)
+
+
+def trace_vae_encoder(vae: AutoencoderKL | AutoencoderTiny) -> ov.Model:
+    """`sample` `(B, 3, 8·h, 8·w)` from -1 to 1 → `latent_parameters` `(B, 8, h, w)`, float32.
+
+    These are mean and log-variance; an AutoencoderTiny gives `latent_sample` `(B, 4, h, w)`. The
+    names are those that optimum-intel reads.
+    """
+    channels = vae.config.in_channels
+    is_tiny = isinstance(vae, AutoencoderTiny)
+    model = _trace(
+        VaeEncoderWrapper(vae),
+        example={"sample": torch.randn(1, channels, 64, 96)},
+        inputs={"sample": ([-1, channels, -1, -1], ov.Type.f32)},
+        output="latent_sample" if is_tiny else "latent_parameters",
+    )
+    return _with_vae_scale(model, vae)
+
+
+def _with_vae_scale(model: ov.Model, vae: AutoencoderKL | AutoencoderTiny) -> ov.Model:
+    """Store the scale of T5, for a VAE whose activations exceed float16's range, as SDXL's do.
+
+    The number is the one that optimum-intel gives SDXL's VAE.
+    """
+    if vae.config.get("force_upcast"):
+        model.set_rt_info("128.0", ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"])
+    return model
 
 
 # ---- shared by the three ------------------------------------------------------------------------

@@ -16,20 +16,23 @@ ALLOWED = {
     "__init__": "upstream",
     # the tutorial's chapters, in the order an image travels
     "trace": "upstream ir quiet",
-    "convert": "trace checkpoint storage memory upstream ir compress cost hub lora families "
-    "checks quiet",
+    "convert": "trace checkpoint sources storage memory upstream ir compress cost hub lora "
+    "families checks quiet",
     "components": "ir memory",
     "guidance": "call_checks",
-    "pipeline": "components guidance call_checks interface load_options static_shapes convert "
-    "checkpoint hub ir storage upstream families checks quiet",
-    "loading": "pipeline guidance checkpoint checks quiet",
+    "partial": "ir checks",
+    "pipeline": "components guidance partial call_checks interface load_options static_shapes "
+    "convert sources checkpoint hub ir storage upstream families checks quiet",
+    "loading": "pipeline guidance checkpoint sources checks quiet",
     "calibration": "pipeline loading checkpoint storage ir memory checks quiet",
     "optimize": "presets calibration checkpoint storage memory upstream ir compress cost "
     "checks quiet",
     "compare": "pipeline loading components call_checks workers plots checkpoint memory checks",
     # what these stand on
-    "lora": "hub checks quiet",
-    "hub": "checkpoint checks",
+    "lora": "hub single_file storage checks quiet",
+    "sources": "checkpoint single_file hub cost storage ir checks",
+    "single_file": "checks quiet",
+    "hub": "checkpoint ir checks",
     "cost": "checkpoint storage",
     "summary": "checkpoint ir presets",
     "insights": "pipeline checks",

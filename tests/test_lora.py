@@ -8,10 +8,12 @@ import peft
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
+from safetensors.torch import load_file, save_file
 
 import ov_pixart_helper as helper
 from ov_pixart.checkpoint import load_component
-from ov_pixart.lora import fuse_lora
+from ov_pixart.hub import HubOptions
+from ov_pixart.lora import fetch_lora, fuse_lora
 from tests.support.folders import convert_again
 from tests.support.parity import noise_inputs, relative_error, run_ir, torch_noise
 from tests.support.refused import refused
@@ -84,6 +86,7 @@ def test_a_lora_that_cannot_be_used_is_refused(checkpoint, lora, tmp_path):
         ({"lora": pickled}, ValueError, "lora=", "only safetensors", "safe_serialization"),
         ({"lora": other}, ValueError, "lora=", "'LOHA'"),
         ({"lora": lora, "lora_scale": "1"}, ValueError, "lora_scale='1'", "a number"),
+        ({"lora": [lora, lora], "lora_scale": [1]}, ValueError, "lora_scale=[1]", "list of 2"),
     ]:
         with refused(kind, *words):
             helper.convert_pipeline(source, out, **options)
@@ -95,6 +98,202 @@ def test_a_lora_for_another_transformer_is_refused(checkpoint, lora, tmp_path):
     alter_config(wide, r=3)
     with refused(ValueError, "lora=", "does not fit", "choose one"):
         fuse_lora(load_transformer(checkpoint("alpha")), wide, 1.0)
+
+
+# ---- files of diffusers, OneTrainer and others --------------------------------------------------
+
+PREFIX, ALPHA = "base_model.model.", torch.tensor(4.0)  # of the fixture, whose rank is 2
+
+
+def as_diffusers(name):
+    return f"transformer.{name}"
+
+
+def before_peft(name):
+    return f"unet.{name}".replace("lora_A", "lora.down").replace("lora_B", "lora.up")
+
+
+def with_processors(name):
+    module, kind = name.split(".lora_")
+    kind = {"A.weight": "down.weight", "B.weight": "up.weight"}[kind]
+    head, _, last = module.removesuffix(".0").rpartition(".")
+    return f"{head}.processor.{last}_lora.{kind}"
+
+
+def as_kohya(prefix):
+    def rename(name):
+        module, kind = name.split(".lora_")
+        kind = {"A.weight": "lora_down.weight", "B.weight": "lora_up.weight"}[kind]
+        return f"{prefix}{module.replace('.', '_')}.{kind}"
+
+    return rename
+
+
+FORMATS = {  # name → (names of weights, whether an alpha lies beside them)
+    "diffusers": (as_diffusers, False),
+    "diffusers, saved from peft": (lambda name: f"unet.{PREFIX}{name}", False),
+    "diffusers before peft": (before_peft, False),
+    "diffusers with processors": (with_processors, False),
+    "OneTrainer": (as_kohya("lora_transformer_"), True),
+    "kohya": (as_kohya("lora_unet_"), True),
+    "OneTrainer with dots": (
+        lambda name: as_diffusers(name).replace("lora_A", "lora_down").replace("lora_B", "lora_up"),
+        True,
+    ),
+}
+
+
+def save_as(file, lora, rename, *, alpha, only=""):
+    state = load_file(lora / "transformer_lora" / "adapter_model.safetensors")
+    state = {n.removeprefix(PREFIX): one for n, one in state.items() if only in n}
+    renamed = {rename(name): one for name, one in state.items()}
+    if alpha:
+        downs = [name for name in renamed if "lora_down" in name]
+        renamed |= {name.replace("lora_down.weight", "alpha"): ALPHA.clone() for name in downs}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file(renamed, file)
+    return file
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_computes_what_peft_computes(kind, checkpoint, lora, tmp_path):
+    """Without an alpha the matrices count as they are: half as much as with alpha 4, rank 2."""
+    rename, alpha = FORMATS[kind]
+    only = "attn" if kind == "diffusers with processors" else ""
+    file = save_as(tmp_path / "lora.safetensors", lora, rename, alpha=alpha, only=only)
+    source, inputs = checkpoint("alpha"), noise_inputs()
+    fused = torch_noise(fuse_lora(load_transformer(source), file, 0.8), inputs)
+    scale = 0.8 if alpha else 0.4
+    if only:
+        expected = load_transformer(source)
+        diffusers = save_as(
+            tmp_path / "attn.safetensors", lora, as_diffusers, alpha=False, only=only
+        )
+        expected = fuse_lora(expected, diffusers, 0.8)
+    else:
+        expected = beside_the_weights(source, lora / "transformer_lora", scale)
+    assert relative_error(fused, torch_noise(expected, inputs)) < 1e-5
+    assert relative_error(torch_noise(load_transformer(source), inputs), fused) > 0.02
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "OneTrainer"])
+def test_dora_in_a_file_computes_what_peft_computes(kind, checkpoint, tmp_path):
+    torch.manual_seed(0)
+    source, inputs = checkpoint("alpha"), noise_inputs()
+    options = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_v"], "use_dora": True}
+    config = peft.LoraConfig(init_lora_weights=False, **options)
+    adapted = peft.get_peft_model(load_transformer(source), config)
+    state = {
+        n.removeprefix(PREFIX): one for n, one in peft.get_peft_model_state_dict(adapted).items()
+    }
+    magnitudes = {n: 1.5 * one for n, one in state.items() if n.endswith("magnitude_vector")}
+    state |= magnitudes
+    adapted.save_pretrained(tmp_path / "peft")
+    saved = {PREFIX + name: one.contiguous() for name, one in state.items()}
+    save_file(saved, tmp_path / "peft" / "adapter_model.safetensors")
+    renamed = {}
+    for name, one in state.items():
+        if kind == "diffusers":
+            renamed[as_diffusers(name)] = one.contiguous()
+        elif name in magnitudes:
+            module = name.removesuffix(".lora_magnitude_vector").replace(".", "_")
+            renamed[f"lora_transformer_{module}.dora_scale"] = one.unsqueeze(1).contiguous()
+        else:
+            renamed[FORMATS[kind][0](name)] = one.contiguous()
+    save_file(renamed, tmp_path / "dora.safetensors")
+    fused, expected = (
+        torch_noise(fuse_lora(load_transformer(source), tmp_path / place, 1.0), inputs)
+        for place in ("dora.safetensors", "peft")
+    )
+    assert relative_error(fused, expected) < 1e-5
+    assert relative_error(torch_noise(load_transformer(source), inputs), fused) > 0.02
+
+
+def test_settings_in_a_files_header_count(checkpoint, lora, tmp_path):
+    file = save_as(tmp_path / "lora.safetensors", lora, as_diffusers, alpha=False)
+    settings = {"transformer.lora_alpha": 4, "transformer.r": 2, "transformer.use_rslora": False}
+    save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(settings)})
+    source, inputs = checkpoint("alpha"), noise_inputs()
+    fused = torch_noise(fuse_lora(load_transformer(source), file, 1.0), inputs)
+    expected = beside_the_weights(source, lora / "transformer_lora", 1.0)
+    assert relative_error(fused, torch_noise(expected, inputs)) < 1e-5
+
+
+@pytest.mark.parametrize("rename", [str, lambda name: f"lora_unet_{name.replace('.', '_')}"])
+def test_names_of_the_original_repository(rename, checkpoint, tmp_path):
+    """There, queries, keys and values are one matrix."""
+    torch.manual_seed(0)
+    source, inputs = checkpoint("alpha"), noise_inputs()
+    down, up = torch.randn(2, 48) * 0.1, torch.randn(3 * 48, 2) * 0.1
+    key, value = torch.randn(2, 48) * 0.1, torch.randn(2 * 48, 2) * 0.1
+    ours = {}
+    for target, part in zip("qkv", up.chunk(3), strict=True):
+        ours |= {f"attn1.to_{target}.lora_A.weight": down, f"attn1.to_{target}.lora_B.weight": part}
+    for target, part in zip("kv", value.chunk(2), strict=True):
+        ours |= {f"attn2.to_{target}.lora_A.weight": key, f"attn2.to_{target}.lora_B.weight": part}
+    ours = {
+        f"transformer.transformer_blocks.1.{n}": one.contiguous().clone() for n, one in ours.items()
+    }
+    save_file(ours, tmp_path / "ours.safetensors")
+    qkv, kv = rename("blocks.1.attn.qkv"), rename("blocks.1.cross_attn.kv_linear")
+    original = {f"{qkv}.lora_down.weight": down, f"{qkv}.lora_up.weight": up}
+    original |= {f"{kv}.lora_down.weight": key, f"{kv}.lora_up.weight": value}
+    save_file(original, tmp_path / "original.safetensors")
+    fused, expected = (
+        torch_noise(fuse_lora(load_transformer(source), tmp_path / file, 1.0), inputs)
+        for file in ("original.safetensors", "ours.safetensors")
+    )
+    assert relative_error(fused, expected) < 1e-6
+    assert relative_error(torch_noise(load_transformer(source), inputs), fused) > 0.02
+
+
+def test_a_lora_is_found_where_programs_save_it(lora, tmp_path):
+    hub, name = HubOptions(), "pytorch_lora_weights.safetensors"
+    for place in (f"a/{name}", f"b/transformer_lora/{name}", "c/cat.safetensors"):
+        file = save_as(tmp_path / place, lora, as_diffusers, alpha=False)
+        assert fetch_lora(tmp_path / place.split("/")[0], hub) == file
+        assert fetch_lora(str(file), hub) == file
+    assert fetch_lora(lora, hub) == lora / "transformer_lora"
+    save_as(tmp_path / "c" / "dog.safetensors", lora, as_diffusers, alpha=False)
+    with refused(FileNotFoundError, "several files (cat.safetensors, dog.safetensors)", "name a"):
+        fetch_lora(tmp_path / "c", hub)
+
+
+@pytest.mark.slow
+def test_several_loras_are_added_with_a_scale_each(checkpoint, converted, lora, tmp_path):
+    source, folder = checkpoint("alpha"), shutil.copytree(converted("alpha"), tmp_path / "ov")
+    file = save_as(tmp_path / "one.safetensors", lora, FORMATS["OneTrainer"][0], alpha=True)
+    both = {"lora": [lora, file], "lora_scale": [0.7, -0.2]}
+    assert convert_again(source, folder, **both) == {"transformer"}
+    inputs = noise_inputs()
+    expected = beside_the_weights(source, lora / "transformer_lora", 0.5)
+    ours = run_ir(folder / "transformer", **inputs)
+    assert relative_error(ours, torch_noise(expected, inputs)) < 2e-5
+    assert convert_again(source, folder, **both) == set()
+    assert convert_again(source, folder, lora=[lora, file], lora_scale=0.5) == {"transformer"}
+
+
+def test_what_is_no_lora_of_the_transformer_is_named(checkpoint, lora, tmp_path):
+    down = torch.zeros(2, 48)
+    for name, *words in [
+        ("lora_te_encoder_block_0.lora_down.weight", "text encoder", "save that one alone"),
+        ("text_encoder.encoder.block.0.lora_A.weight", "text encoder"),
+        (
+            "transformer.transformer_blocks.0.attn1.to_q.hada_w1_a",
+            "hada_w1_a",
+            "no weight of a LoRA",
+        ),
+        ("lora_unet_down_blocks_0_attn1_to_q.lora_down.weight", "down_blocks", "no weight"),
+        ("transformer.transformer_blocks.9.attn1.to_q.lora_A.weight", "blocks.9", "no weight"),
+        ("transformer.transformer_blocks.0.attn1.to_q.lora_A.weight", "does not fit"),
+    ]:
+        save_file({name: down}, tmp_path / "bad.safetensors")
+        with refused(ValueError, "lora=", *words):
+            fuse_lora(load_transformer(checkpoint("alpha")), tmp_path / "bad.safetensors", 1.0)
+    for file, *words in [("a.pt", "pickled"), ("a.bin", "pickled"), ("a.gguf", "GGUF")]:
+        (tmp_path / file).touch()
+        with refused(ValueError, f"lora='{tmp_path / file}'", *words):
+            fetch_lora(tmp_path / file, HubOptions())
 
 
 def alter_config(folder: Path, **changes) -> None:

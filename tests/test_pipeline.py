@@ -12,7 +12,8 @@ from optimum.intel.openvino import OVDiffusionPipeline, OVPipelineForText2Image
 
 import ov_pixart_helper as helper
 from ov_pixart.ir import read_ir, save_ir
-from tests.support.checkpoints import build_checkpoint
+from ov_pixart.trace import trace_vae_decoder, trace_vae_encoder
+from tests.support.checkpoints import build_checkpoint, build_vae
 from tests.support.parity import (
     F32,
     SMALL,
@@ -343,13 +344,25 @@ def test_devices_in_lists_generate_the_same(device, fresh_pipeline, ov_pipeline)
     )
 
 
-def test_t5_carries_its_scale_for_16_bit_devices(converted, fresh_pipeline, tmp_path):
+def test_t5_and_vae_carry_their_scales_for_16_bit_devices(converted, fresh_pipeline, tmp_path):
     """GPUs read it, CPUs do not: here only that it is there, and survives saving, can be tested."""
     path = ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"]
     fresh_pipeline("alpha", compile=False).save_pretrained(tmp_path)
     for folder in (converted("alpha"), tmp_path):
-        has = {name: read_ir(folder / name).has_rt_info(path) for name in helper.COMPONENTS}
-        assert has == {"text_encoder": True, "transformer": False, "vae_decoder": False}
+        models = {name: read_ir(folder / name) for name in helper.COMPONENTS}
+        scales = {
+            n: one.get_rt_info(path).value for n, one in models.items() if one.has_rt_info(path)
+        }
+        assert scales == {"text_encoder": "8.0", "vae_decoder": "128.0"}
+
+
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_a_vae_has_a_scale_where_its_configuration_asks_for_it(force_upcast):
+    vae = build_vae()
+    vae.register_to_config(force_upcast=force_upcast)
+    path = ["runtime_options", "ACTIVATIONS_SCALE_FACTOR"]
+    for trace in (trace_vae_decoder, trace_vae_encoder):
+        assert trace(vae).has_rt_info(path) == force_upcast
 
 
 # ---- a second load ------------------------------------------------------------------------------

@@ -1,0 +1,124 @@
+"""Pipelines without some components, or with torch modules in the places of compiled ones."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import torch
+from optimum.intel.openvino.modeling_diffusion import (
+    OVDiffusionPipeline,
+    OVModelVae,
+    OVPipelinePart,
+)
+
+from ov_pixart.checks import check
+from ov_pixart.ir import IR_NAME, static_length
+
+_READY = (torch.nn.Module, OVPipelinePart, OVModelVae)
+_NETWORKS = ("text_encoder", "transformer", "vae")
+
+
+def pop_ready_networks(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Take out of constructor arguments what needs no IR: torch modules, other pipelines' parts.
+
+    Raises ValueError where the VAE is left out.
+    """
+    is_there = (Path(arguments["model_save_dir"]) / "vae_decoder" / IR_NAME).is_file()
+    for name in ("vae", "vae_decoder"):
+        rule = "left out of the call: output_type='latent' does without the VAE"
+        is_none = is_there and name in arguments and arguments[name] is None
+        check(not is_none, name, None, rule)
+    given = {name: arguments.get(name) for name in _NETWORKS}
+    ready = {name: value for name, value in given.items() if isinstance(value, _READY)}
+    for name in ready:
+        arguments[name] = None
+    return ready
+
+
+def stand_in_transformer(*, compiled: bool) -> ov.Model | ov.CompiledModel:
+    """A graph that does nothing: optimum's constructor insists on a transformer."""
+    latents = ov.opset13.parameter([-1, 4, -1, -1], ov.Type.f32, name="hidden_states")
+    latents.output(0).set_names({"hidden_states"})
+    model = ov.Model([ov.opset13.result(latents)], [latents])
+    return ov.Core().compile_model(model, "CPU") if compiled else model
+
+
+class PartialPipeline(OVDiffusionPipeline):
+    """What lets a pipeline do without a network, or with a torch module, which is never saved."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Raises TypeError for a network that cannot be computed with."""
+        if name in _NETWORKS and value is not None and not isinstance(value, _READY):
+            raise TypeError(
+                f"{name}={type(value).__name__} cannot be used: assign a torch module, or the "
+                "component of another OpenVINO pipeline."
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def components(self) -> dict[str, OVPipelinePart]:
+        """The compiled components by name, swapped ones included, torch modules left out."""
+        found = {**super().components, "vae_decoder": getattr(self.vae, "decoder", None)}
+        return {name: one for name, one in found.items() if isinstance(one, OVPipelinePart)}
+
+    @property
+    def height(self) -> int:
+        """Pixels that static shapes have fixed, -1 without."""
+        return self._static_pixels(axis=2)
+
+    @property
+    def width(self) -> int:
+        """As `height`."""
+        return self._static_pixels(axis=3)
+
+    def _static_pixels(self, axis: int) -> int:
+        if not isinstance(self.transformer, OVPipelinePart):
+            return -1
+        shape = self.transformer.model.input("hidden_states").get_partial_shape()
+        length = static_length(shape[axis])
+        return length if length == -1 else length * self.vae_scale_factor
+
+    def encode_prompt(self, *args, **kwargs):
+        """As in diffusers. Raises ValueError for text that there is no text encoder for."""
+        signature = inspect.signature(self.auto_model_class.encode_prompt)
+        call = signature.bind(self, *args, **kwargs)
+        call.apply_defaults()
+        needed = ["prompt_embeds"]
+        if call.arguments["do_classifier_free_guidance"]:
+            needed.append("negative_prompt_embeds")
+        missing = [name for name in needed if call.arguments[name] is None]
+        absent = [name for name in ("text_encoder", "tokenizer") if getattr(self, name) is None]
+        if missing and absent:
+            masks = ", ".join(
+                f"{one}= with {one.replace('embeds', 'attention_mask')}=" for one in missing
+            )
+            raise ValueError(
+                f"This pipeline has no {absent[0].replace('_', ' ')}: give {masks}, as "
+                "encode_prompt of a whole pipeline returns them, or load it with one."
+            )
+        return super().encode_prompt(*args, **kwargs)
+
+    def check_networks(self) -> None:
+        """Raise ValueError without a transformer, and for a torch module in 16 bits."""
+        if self.transformer is None:
+            raise ValueError(
+                "This pipeline was loaded with transformer=None and only encodes prompts, with "
+                "encode_prompt: load it again with its transformer."
+            )
+        for name in _NETWORKS:
+            network = getattr(self, name)
+            if isinstance(network, torch.nn.Module) and network.dtype != torch.float32:
+                raise ValueError(
+                    f"pipeline.{name} is in {network.dtype}, and the others pass float32: assign "
+                    f"{name}.float()."
+                )
+
+    def check_saveable(self) -> None:
+        """Raise ValueError where a network is missing, or a torch module, which is no IR."""
+        rule = "an OpenVINO component, to be saved"
+        for name in _NETWORKS:
+            network = getattr(self, name)
+            is_optional = name == "text_encoder" and network is None
+            fits = is_optional or isinstance(network, OVPipelinePart | OVModelVae)
+            check(fits, name, type(network).__name__, rule)
