@@ -2,14 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import nncf
-import numpy as np
-import openvino as ov
 
 from ov_pixart.calibration import (
     DEFAULT_NUM_SAMPLES,
@@ -25,15 +22,7 @@ from ov_pixart.checkpoint import (
     is_openvino_folder,
     read_model_index,
 )
-from ov_pixart.checks import check, is_count, public, read_json
-from ov_pixart.compress import (
-    compress_to_4_bits,
-    compress_to_8_bits,
-    ignored_scope,
-    int4_group_size,
-    matching_layers,
-    weighted_layers,
-)
+from ov_pixart.checks import check, is_count, public
 from ov_pixart.cost import BYTES_PER_WEIGHT
 from ov_pixart.ir import (
     IR_NAME,
@@ -42,12 +31,10 @@ from ov_pixart.ir import (
     is_large,
     is_quantized,
     read_ir,
-    save_ir,
-    store_runtime_options,
 )
 from ov_pixart.memory import release_memory
 from ov_pixart.presets import PRESETS, Recipe
-from ov_pixart.quiet import silent_nncf
+from ov_pixart.quantize import optimize_component
 from ov_pixart.storage import (
     OPTIMIZATION,
     check_disk,
@@ -60,7 +47,7 @@ from ov_pixart.storage import (
     write_json,
     write_record,
 )
-from ov_pixart.upstream import calibration_outputs_first, free_weights_while_compressing
+from ov_pixart.summary import quality_text
 
 
 @public
@@ -147,7 +134,9 @@ def _choose_recipe(source: Path, name: str, preset: str, *, quantized: bool) -> 
     if name == "text_encoder":
         if quantized:
             return Recipe()
-        return replace(recipe, scale_estimation=False) if is_large(source / name) else recipe
+        if is_large(source / name):
+            return replace(recipe, scale_estimation=False, awq=False, choices={})
+        return recipe
     if quantized:
         raise ValueError(
             f"ov_dir={str(source)!r} is quantized already (its {name} is): start from a "
@@ -169,11 +158,17 @@ def _optimize_all(
             bar.set_description(f"{'Keeping' if finished[name] else 'Optimising'} {name}")
             if not finished[name]:
                 with staged(output / name) as folder:
-                    optimize_component(source, name, recipes[name], data, folder, progress)
-                    write_record(record, folder / OPTIMIZATION)
+                    made = optimize_component(source, name, recipes[name], data, folder, progress)
+                    write_record({**record, "measured": made}, folder / OPTIMIZATION)
                 release_memory()
             bar.update()
-        bar.set_description("Optimised")
+        bar.set_description(_summary(output))
+
+
+def _summary(output: Path) -> str:
+    """The last line of the progress bar: the quality of each component, as far as measured."""
+    quality = {name: quality_text(output / name) for name in COMPONENTS}
+    return "; ".join(["Optimised", *(f"{name} {text}" for name, text in quality.items() if text)])
 
 
 def _record(source: Path, name: str, recipe: Recipe, data: CalibrationData) -> dict[str, Any]:
@@ -190,78 +185,6 @@ def _record(source: Path, name: str, recipe: Recipe, data: CalibrationData) -> d
 def _is_finished(folder: Path, record: dict[str, Any]) -> bool:
     """Whether `folder` holds a whole component with this record."""
     found = read_record(folder / OPTIMIZATION)
-    same = found == {**record, "files": found.get("files")}
+    results = {key: found.get(key) for key in ("measured", "files")}
+    same = found == {**record, **results}
     return same and find_damage(folder, found, hashed=True) is None
-
-
-# ---- one component ------------------------------------------------------------------------------
-
-
-def optimize_component(
-    source: Path,
-    name: str,
-    recipe: Recipe,
-    data: CalibrationData,
-    folder: Path,
-    progress: bool,
-) -> None:
-    """Apply a recipe to one component of `source` and write it to `folder`."""
-    shutil.copyfile(source / name / "config.json", folder / "config.json")
-    if recipe.weights is None and not recipe.options:
-        for file in ir_files(source / name):
-            shutil.copyfile(file, folder / file.name)
-        return
-    samples = data.samples(name, progress=progress) if recipe.needs_data else []
-    model = read_ir(source / name)
-    config = read_json(source / name / "config.json")
-    passes = recipe.scale_estimation + recipe.activations * (1 + (recipe.smooth_quant >= 0))
-    total = passes * len(samples)
-    with (
-        progress_bar(f"Calibrating {name}", total, "sample", progress) as bar,
-        free_weights_while_compressing(),
-        calibration_outputs_first(),
-        silent_nncf(),
-    ):
-        model = apply_recipe(model, recipe, config, samples, bar.update)
-    store_runtime_options(model, **dict(recipe.options))
-    save_ir(model, folder, compress_to_fp16=True)
-
-
-def apply_recipe(
-    model: ov.Model,
-    recipe: Recipe,
-    config: dict[str, Any],
-    samples: list[dict[str, np.ndarray]],
-    on_sample: Callable[[], Any] = lambda: None,
-) -> ov.Model:
-    """Compress the weights of layers with floating activations, then quantize all others.
-
-    `config`: the component's, for the size of INT4 groups. `on_sample` is called for each sample
-    that NNCF reads.
-    """
-
-    def read(sample: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        on_sample()
-        return sample
-
-    dataset = nncf.Dataset(samples, read) if samples else None
-    weighted, floating = weighted_layers(model), matching_layers(model, recipe.floating)
-    weights_only = matching_layers(model, recipe.weights_only) if recipe.activations else weighted
-    if recipe.weights == "int4":
-        sensitive = matching_layers(model, recipe.sensitive)
-        in_4_bits = (weights_only & weighted) - floating - sensitive
-        fit = dataset if recipe.scale_estimation else None
-        model = compress_to_4_bits(model, int4_group_size(config), weighted - in_4_bits, fit)
-    if weights_only:
-        model = compress_to_8_bits(model, (weighted - weights_only) | floating)
-    if not recipe.activations:
-        return model
-    smooth_quant = nncf.AdvancedSmoothQuantParameters(matmul=recipe.smooth_quant)
-    return nncf.quantize(
-        model,
-        dataset,
-        subset_size=len(samples),
-        model_type=nncf.ModelType.TRANSFORMER if recipe.is_transformer else None,
-        ignored_scope=ignored_scope(weights_only | floating),
-        advanced_parameters=nncf.AdvancedQuantizationParameters(smooth_quant_alphas=smooth_quant),
-    )

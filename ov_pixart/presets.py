@@ -1,6 +1,7 @@
 """PRESETS: what NNCF does to which layers, with the reasons. Add a preset by adding a row."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,25 @@ class Recipe:
     is_transformer: bool = True  # NNCF then keeps softmax, normalisation and the like floating
     smooth_quant: float = -1  # from 0 to 1: how much of activations' range moves to weights
     scale_estimation: bool = False  # fit the weights' scales to calibration data
+    group_size: int | None = None  # of weights in 4 bits; None: the largest that fits
+    awq: bool = False  # scale channels by their activations before weights are rounded
     options: tuple[tuple[str, str | int], ...] = ()  # compile options, see ir.STORED_OPTIONS
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)  # label → what it changes
+
+    @property
+    def fits_weights(self) -> bool:
+        """Whether the weights' scales depend on calibration data."""
+        return self.scale_estimation or self.awq
 
     @property
     def needs_data(self) -> bool:
         """Whether NNCF needs calibration data."""
-        return self.activations or self.scale_estimation
+        return self.activations or self.fits_weights
+
+    def candidates(self) -> dict[str, "Recipe"]:
+        """Label → recipe, for the best of them to be chosen by measurement; itself without any."""
+        choices = self.choices or {"": {}}
+        return {label: replace(self, **change, choices={}) for label, change in choices.items()}
 
 
 @dataclass(frozen=True)
@@ -65,14 +79,22 @@ _CAPTION = (r"\.caption_projection\.",)
 _MODULATION = (r"\.adaln_single\.",)
 _CROSS_ATTENTION = (r"\.attn2\.",)
 
+# SmoothQuant moves part of the range of large activation channels into the weights. Large DiTs have
+# such channels; PixArt-tiny has none, its twins (pixart_tiny/twins.py) have. Which strength is best
+# differs: 0.8 for PixArt-tiny, 0.5 for the twin with the largest outliers.
+_SMOOTHING = {
+    "no SmoothQuant": {},
+    "SmoothQuant 0.5": {"smooth_quant": 0.5},
+    "SmoothQuant 0.8": {"smooth_quant": 0.8},
+}
+
 _SENSITIVE = (*_ENDS, *_CAPTION, *_MODULATION)
 _INT8_TRANSFORMER = Recipe(
     weights="int8",
     activations=True,
     weights_only=_SENSITIVE,
     floating=(*POSITIONS, *ATTENTION),
-    # On PixArt-tiny SmoothQuant costs 0.3 dB at 0.15, more above, and one multiplication per layer.
-    smooth_quant=-1,
+    choices=_SMOOTHING,
 )
 # Post-GELU layers, a known problem in other DiTs, cost 0.2 dB here: quantized like the rest.
 # With INT8, the VAE's images have a PSNR of 40 dB against FP16, far closer than the INT8 DiT's.
@@ -126,3 +148,8 @@ PRESETS = {
         vae_decoder=Recipe(weights="int8"),
     ),
 }
+
+# Signal to error of a component's output, in dB, that a preset has to reach, see quality.py. TODO
+FLOORS = {"text_encoder": 15.0, "transformer": 25.0, "vae_decoder": 25.0}
+# Share of the multiply-adds that may stay in floating point for it.
+FLOATING_SHARE = 0.1

@@ -8,13 +8,15 @@ import pandas as pd
 from ov_pixart.checkpoint import COMPONENTS
 from ov_pixart.ir import IR_NAME, read_ir
 from ov_pixart.presets import PRESETS, Recipe
+from ov_pixart.storage import OPTIMIZATION, read_record
 
 
 def summarize_models(ov_dir: str | Path) -> pd.DataFrame:
-    """One row per component in an OpenVINO folder: weights on disk in MB, inputs, output.
+    """One row per component in an OpenVINO folder: weights on disk in MB, quality, inputs, output.
 
-    A `?` in a shape is a dimension of any length. Raises FileNotFoundError where there is no
-    component.
+    The quality of an optimised component is its signal to error, in dB, against the component it
+    was made from, as `optimize_pipeline` has measured it: no column where it has not. A `?` in a
+    shape is a dimension of any length. Raises FileNotFoundError where there is no component.
     """
     rows = {}
     for name in COMPONENTS:
@@ -22,10 +24,27 @@ def summarize_models(ov_dir: str | Path) -> pd.DataFrame:
         if file.is_file():
             model = read_ir(file)
             size = file.with_suffix(".bin").stat().st_size / 1e6
-            rows[name] = [round(size, 2), _ports_text(model.inputs), _ports_text(model.outputs)]
+            ports = [_ports_text(model.inputs), _ports_text(model.outputs)]
+            rows[name] = [round(size, 2), quality_text(file.parent), *ports]
     if not rows:
         raise FileNotFoundError(f"ov_dir={str(ov_dir)!r} holds no model: convert one first.")
-    return pd.DataFrame.from_dict(rows, "index", columns=["size, MB", "inputs", "output"])
+    return pd.DataFrame.from_dict(
+        rows, "index", columns=["size, MB", "quality", "inputs", "output"]
+    )
+
+
+def quality_text(component: Path) -> str:
+    """What `optimize_pipeline` measured of a component, such as "31.9 dB (SmoothQuant 0.8)"."""
+    measured = read_record(component / OPTIMIZATION).get("measured") or {}
+    if "signal_to_error_db" not in measured:
+        return ""
+    notes = [name for name in [measured.get("chosen")] if name]
+    if measured["floating"]:
+        notes.append(f"{len(measured['floating'])} layers in floating point")
+    if measured.get("kept_in_16_bits"):
+        notes = ["too low: kept in 16 bits"]
+    text = f"{measured['signal_to_error_db']:.1f} dB"
+    return f"{text} ({', '.join(notes)})" if notes else text
 
 
 def _ports_text(ports: list[ov.Output]) -> str:

@@ -34,8 +34,8 @@ from skimage.metrics import peak_signal_noise_ratio
 
 import ov_pixart_helper as ovp
 from ov_pixart.calibration import CalibrationData, choose_prompts
-from ov_pixart.optimize import apply_recipe
 from ov_pixart.presets import ATTENTION, POSITIONS
+from ov_pixart.quantize import apply_recipe
 from ov_pixart.quiet import silent_nncf
 from ov_pixart_helper import PRESETS, Recipe
 from pixart_tiny import evaluate, oracle
