@@ -89,14 +89,14 @@ def compress_to_4_bits(
     dataset: nncf.Dataset | None = None,
     *,
     scale_estimation: bool = False,
-    awq: bool = False,
+    gptq: bool = False,
     others_in_8_bits: bool = False,
 ) -> ov.Model:
     """Store weights as 4-bit integers with one scale per group.
 
     Matrices that do not divide into groups, embeddings and the last layer are left as they are, or
     get 8 bits in the same pass: that takes less memory than a second pass. `dataset`: calibration
-    data for `scale_estimation` and `awq`, NNCF's ways to fit the scales.
+    data for `scale_estimation` and `gptq`, NNCF's ways to fit the weights.
     """
     backup = nncf.BackupMode.INT8_ASYM if others_in_8_bits else nncf.BackupMode.NONE
     return nncf.compress_weights(
@@ -108,7 +108,7 @@ def compress_to_4_bits(
         ignored_scope=ignored_scope(ignored),
         dataset=dataset,
         scale_estimation=scale_estimation or None,
-        awq=awq or None,
+        gptq=gptq or None,
         advanced_parameters=nncf.AdvancedCompressionParameters(
             group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE
         ),

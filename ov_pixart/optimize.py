@@ -135,7 +135,7 @@ def _choose_recipe(source: Path, name: str, preset: str, *, quantized: bool) -> 
         if quantized:
             return Recipe()
         if is_large(source / name):
-            return replace(recipe, scale_estimation=False, awq=False, choices={})
+            return replace(recipe, scale_estimation=False, gptq=False, choices={})
         return recipe
     if quantized:
         raise ValueError(

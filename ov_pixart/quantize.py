@@ -191,7 +191,7 @@ def apply_recipe(
             weighted - in_4_bits,
             dataset if recipe.fits_weights else None,
             scale_estimation=recipe.scale_estimation,
-            awq=recipe.awq,
+            gptq=recipe.gptq,
         )
     if weights_only:
         model = compress_to_8_bits(model, (weighted - weights_only) | floating)
