@@ -60,7 +60,7 @@ class Preset:
         return any(recipe.needs_data for recipe in recipes)
 
 
-# Which layers stay floating was measured (python -m pixart_tiny.presets --layers): the DiT's guided
+# Which layers stay floating was measured (python -m pixart_tiny.layers): the DiT's guided
 # output on captions outside the calibration set, signal to error in dB, one kind of layer at a time
 # left in floating point. With everything in integers PixArt-tiny reaches 22.9 dB.
 
@@ -102,8 +102,8 @@ _INT8_VAE = Recipe(weights="int8", activations=True, is_transformer=False)
 
 # T5's embeddings with 4-bit weights, signal to error: 20.5 dB; with attention's outputs in 8 bits
 # 22.5, with scales fitted to data as well 23.3, with GPTQ 26.7. AWQ adds 0.1, groups of 32 instead
-# of 64 add 0.8. For T5-XXL, fitting takes 22 minutes and 22 GB instead of a minute and 3 GB, so it is
-# left out there.
+# of 64 add 0.8. For T5-XXL, fitting takes 22 minutes and 22 GB instead of a minute and 3 GB: left
+# out there.
 _INT4_TEXT_ENCODER = Recipe(
     weights="int4",
     sensitive=(r"\.SelfAttention\.o/",),

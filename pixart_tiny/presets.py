@@ -2,17 +2,14 @@
 
     python -m pixart_tiny.presets              # 200 held-out captions, all presets
     python -m pixart_tiny.presets --count 40   # a quick look
-    python -m pixart_tiny.presets --layers     # which layers suffer from integers
+    python -m pixart_tiny.presets --twins      # the same for the twins with outliers
 
 The first two convert the embedded checkpoint, apply every preset to it, and generate the held-out
 captions with all of them and with torch at the same seeds; the oracle counts the right images.
-Prints the table and the targets that are missed, writes build/presets.json and the table in
-docs/presets.md. Everything made on the way stays in build/presets/, so that an interrupted run
-continues where it was.
-
-`--layers` is the evidence for the presets' lists of layers: with one kind of layer at a time left
-in floating point, how much closer does the DiT get to its own floating-point output, on samples
-from held-out captions?
+`--twins` does so for the models of pixart_tiny/twins.py, with the presets that have targets there.
+Prints the table and the targets that are missed, writes it to docs/presets.md and the figures to
+build/. Everything made on the way stays in build/presets/, so that an interrupted run continues
+where it was.
 """
 
 from __future__ import annotations
@@ -21,8 +18,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -33,17 +30,14 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 import ov_pixart_helper as ovp
-from ov_pixart.calibration import CalibrationData, choose_prompts
-from ov_pixart.presets import ATTENTION, POSITIONS
-from ov_pixart.quantize import apply_recipe
-from ov_pixart.quiet import silent_nncf
-from ov_pixart_helper import PRESETS, Recipe
+from ov_pixart_helper import PRESETS
 from pixart_tiny import evaluate, oracle
+from pixart_tiny.twins import TWINS, build_twin
 
 WORK = Path("build/presets")
-RESULT = Path("build/presets.json")
 DOCUMENT = Path("docs/presets.md")
-MARKS = ("<!-- measured by python -m pixart_tiny.presets -->\n", "<!-- end of the table -->\n")
+COMMAND = "python -m pixart_tiny.presets"
+TWIN_PRESETS = ("int8-weights", "int8", "int4")
 TORCH, FP16_F32, FP16 = "PyTorch", "FP16, computed in float32", "FP16"
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 STEPS, GUIDANCE_SCALE, SIZE = 20, 4.5, 256
@@ -75,13 +69,13 @@ class Version:
         return pipeline
 
 
-def make_versions(checkpoint: Path) -> list[Version]:
-    """Torch, FP16 in two precisions, then every preset; what is finished is kept."""
-    fp16 = ovp.convert_pipeline(checkpoint, WORK / "fp16")
-    versions = [Version(TORCH, checkpoint), Version(FP16_F32, fp16, F32), Version(FP16, fp16)]
-    for preset in PRESETS:
+def make_versions(checkpoint: Path, root: Path, presets: Sequence[str]) -> list[Version]:
+    """FP16, then the presets, below `root`; what is finished is kept."""
+    fp16 = ovp.convert_pipeline(checkpoint, root / "fp16")
+    versions = [Version(FP16, fp16)]
+    for preset in presets:
         start = time.perf_counter()
-        folder = ovp.optimize_pipeline(fp16, WORK / preset, preset)
+        folder = ovp.optimize_pipeline(fp16, root / preset, preset)
         versions.append(Version(preset, folder, seconds=time.perf_counter() - start))
     return versions
 
@@ -93,11 +87,13 @@ def fingerprint(folder: Path) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
-def generate_images(version: Version, captions: list[tuple[str, int]]) -> list[Image.Image]:
-    """One image per (caption, seed), from build/presets/ if the model has not changed since."""
+def generate_images(
+    version: Version, captions: list[tuple[str, int]], root: Path
+) -> list[Image.Image]:
+    """One image per (caption, seed), from `root`/images if the model has not changed since."""
     key = json.dumps([captions, version.ov_config, fingerprint(version.folder)])
     name = version.label.replace(" ", "-").replace(",", "")
-    file, key_file = WORK / "images" / f"{name}.npz", WORK / "images" / f"{name}.json"
+    file, key_file = root / "images" / f"{name}.npz", root / "images" / f"{name}.json"
     if key_file.is_file() and key_file.read_text() == key:
         return [Image.fromarray(image) for image in np.load(file)["images"]]
     print(f"Generating {len(captions)} images with {version.label}", flush=True)
@@ -125,15 +121,16 @@ def measure(checkpoint: Path, count: int) -> dict:
     """All figures, by label, with the machine and the targets that are missed."""
     rows = evaluate.read_captions()[:count]
     captions = [caption for caption, _ in rows]
-    versions = make_versions(checkpoint)
-    images = {version.label: generate_images(version, rows) for version in versions}
+    versions = make_versions(checkpoint, WORK, list(PRESETS))
+    fp16 = versions[0].folder
+    versions = [Version(TORCH, checkpoint), Version(FP16_F32, fp16, F32), *versions]
+    images = {version.label: generate_images(version, rows, WORK) for version in versions}
     print("Timing, a few images in turns", flush=True)
     times = ovp.compare_pipelines(
         {version.label: version.folder for version in versions if not version.ov_config},
         captions[:3],
         seeds=[seed for _, seed in rows[:3]],
     ).to_dataframe()
-    fp16 = next(version.folder for version in versions if version.label == FP16)
     figures = {}
     for version in versions:
         label = version.label
@@ -183,11 +180,25 @@ def misses(figures: dict[str, dict]) -> list[str]:
         (FP16_F32, "right_percent", "<=", right[TORCH] + 1),
         ("int8", "t5_dit_ratio", "<=", 0.55),
         ("int4", "t5_dit_ratio", "<=", 0.45),
-        ("int8", "seconds_to_make", "<=", 90),
+        ("int8", "seconds_to_make", "<=", 60),
+        *_targets("int8", right[FP16], 41, 30, 1),
+        *_targets("int4", right[FP16], 39, 25, 2),
+        ("int8-weights", "right_percent", ">=", right[FP16] - 1),
+        ("int8-weights", "psnr_median_db", ">=", 45),
     ]
-    for preset in ("int8-weights", "int8", "int4"):
-        checks.append((preset, "right_percent", ">=", right[FP16] - 2))
-        checks.append((preset, "psnr_median_db", ">=", 25))
+    return _missed(figures, checks)
+
+
+def _targets(preset: str, right: float, median: float, p10: float, points: float) -> list[tuple]:
+    """The least that a preset's images have to reach; `right`: FP16's share in per cent."""
+    return [
+        (preset, "right_percent", ">=", right - points),
+        (preset, "psnr_median_db", ">=", median),
+        (preset, "psnr_p10_db", ">=", p10),
+    ]
+
+
+def _missed(figures: dict[str, dict], checks: list[tuple]) -> list[str]:
     reached = {">=": lambda found, limit: found >= limit, "<=": lambda found, limit: found <= limit}
     return [
         f"{label}: {name} {figures[label][name]:.3g}, target {sign} {limit:.3g}"
@@ -226,98 +237,74 @@ def format_table(result: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_table(table: str, document: Path = DOCUMENT) -> None:
-    """Replaces the document's measured table.
+def write_table(table: str, command: str = COMMAND, document: Path = DOCUMENT) -> None:
+    """Replaces the document's table that `command` has measured.
 
     Raises: ValueError if the document does not have the two marks.
     """
-    before, _, rest = document.read_text(encoding="utf-8").partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not end:
-        raise ValueError(f"{str(document)!r} has no place for the table: {MARKS[0].strip()}")
-    parts = [before, MARKS[0], "\n", table, "\n", MARKS[1], after]
+    start, end = f"<!-- measured by {command} -->\n", "<!-- end of the table -->\n"
+    before, _, rest = document.read_text(encoding="utf-8").partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{str(document)!r} has no place for the table: {start.strip()}")
+    parts = [before, start, "\n", table, "\n", end, after]
     document.write_text("".join(parts), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------
-# Which layers suffer from integers
+# Twins
 # ----------------------------------------------------------------------------------------------
 
-LAYERS = {  # left in floating point, one at a time
-    "modulation (adaLN) and timestep": r"\.adaln_single\.",
-    "patches": r"\.pos_embed\.proj/",
-    "caption projection": r"\.caption_projection\.",
-    "self-attention q, k, v": r"\.attn1\.to_[qkv]/",
-    "self-attention out": r"\.attn1\.to_out",
-    "cross-attention q": r"\.attn2\.to_q/",
-    "cross-attention k, v": r"\.attn2\.to_[kv]/",
-    "cross-attention out": r"\.attn2\.to_out",
-    "feed-forward in": r"\.ff\.net\.0\.proj/",
-    "feed-forward out (after GELU)": r"\.ff\.net\.2/",
-    "output": r"\.proj_out/",
-}
+
+def measure_twins(count: int) -> dict:
+    """Figures by twin and version, and the targets that are missed."""
+    rows = evaluate.read_captions()[:count]
+    captions = [caption for caption, _ in rows]
+    twins, missed = {}, []
+    for name, outliers in TWINS.items():
+        root = WORK / "twins" / name.replace(" ", "-").replace("%", "")
+        checkpoint = root / "checkpoint"
+        if not checkpoint.is_dir():
+            build_twin(checkpoint, outliers)
+        versions = make_versions(checkpoint, root, TWIN_PRESETS)
+        images = {version.label: generate_images(version, rows, root) for version in versions}
+        figures = {}
+        for version in versions:
+            right = oracle.score_pictures(images[version.label], captions)
+            figures[version.label] = {"right_percent": 100 * float(np.mean(right))}
+            if version.label != FP16:
+                figures[version.label] |= likeness(images[version.label], images[FP16])
+                figures[version.label] |= component_quality(version.folder)
+        fp16 = figures[FP16]["right_percent"]
+        checks = [*_targets("int8", fp16, 39, 29, 2), *_targets("int4", fp16, 38, 25, 3)]
+        missed += [f"{name}, {miss}" for miss in _missed(figures, checks)]
+        twins[name] = figures
+    return {"captions": count, "twins": twins, "misses": missed}
 
 
-def layer_variants() -> Iterator[tuple[str, Recipe]]:
-    """Recipes for the DiT to compare, with a name for each."""
-    kept = POSITIONS
-    everything = Recipe(weights="int8", activations=True, floating=kept)
-    yield "everything in integers", everything
-    for alpha in (0.15, 0.5):
-        yield f"  the same, SmoothQuant {alpha}", replace(everything, smooth_quant=alpha)
-    base = replace(everything, floating=(*kept, *ATTENTION))
-    yield "everything but attention's inputs", base
-    for name, pattern in LAYERS.items():
-        yield f"  the same, {name} floating", replace(base, floating=(*base.floating, pattern))
-    weights = Recipe(weights="int8", floating=kept)
-    yield "8-bit weights", weights
-    for size in (32, 128):
-        options = (("DYNAMIC_QUANTIZATION_GROUP_SIZE", size),)
-        yield f"  the same, dynamic activations by {size}", replace(weights, options=options)
-    for name, pattern in LAYERS.items():
-        others = tuple(p for p in LAYERS.values() if p != pattern)
-        yield f"  {name} in 4 bits", Recipe(weights="int4", sensitive=others, floating=kept)
-    for preset in PRESETS:
-        yield f"preset {preset}", PRESETS[preset].transformer
+def component_quality(folder: Path) -> dict[str, str]:
+    """The column "quality" of `summarize_models` by component, "–" where nothing was measured."""
+    table = ovp.summarize_models(folder)
+    return {name: table.get("quality", {}).get(name, "") or "–" for name in ovp.COMPONENTS}
 
 
-def measure_layers(checkpoint: Path, samples: int = 40) -> None:
-    """Prints the DiT's signal-to-error ratio, in dB, for every variant."""
-    fp16 = ovp.convert_pipeline(checkpoint, WORK / "fp16")
-    held_out = [caption for caption, _ in evaluate.read_captions()[: samples // 10]]
-    prompts = choose_prompts(None, fp16, samples, seed=0)
-
-    def recorded(captions: list[str], count: int) -> list[dict]:
-        data = CalibrationData(fp16, WORK / "calibration", captions, count, len(captions))
-        return data.samples("transformer", progress=False)
-
-    calibration, tested = recorded(prompts, samples), recorded(held_out, samples // 2)
-    folder = fp16 / "transformer"
-    config = ovp.read_json(folder / "config.json")
-
-    def read() -> ov.Model:
-        return ov.Core().read_model(folder / "openvino_model.xml")
-
-    truth = guided_outputs(read(), tested)
-    print("DiT against itself in floating point, signal to error in dB, higher is better")
-    for name, recipe in layer_variants():
-        data = calibration if recipe.needs_data else []
-        with silent_nncf():
-            model = apply_recipe(read(), recipe, config, data)
-        error = np.square(guided_outputs(model, tested, dict(recipe.options)) - truth)
-        print(
-            f"  {name:45} {10 * np.log10(np.square(truth).mean() / error.mean()):6.2f}", flush=True
-        )
-
-
-def guided_outputs(model: ov.Model, samples: list[dict], options: dict | None = None) -> np.ndarray:
-    """The guided velocity of each sample, flat, in float32 execution."""
-    # Dynamic quantization is OpenVINO's default for integer weights: off, unless asked for.
-    config = {**F32, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, **(options or {})}
-    compiled = ov.Core().compile_model(model, "CPU", config)
-    outputs = [compiled(sample)[0][:, :4] for sample in samples]
-    # The sampler uses guided outputs: guidance also amplifies the difference of two errors.
-    return np.concatenate([(o[:1] + GUIDANCE_SCALE * (o[1:] - o[:1])).ravel() for o in outputs])
+def format_twins(result: dict) -> str:
+    """The figures as a Markdown table, a row per twin and preset."""
+    lines = [
+        f"{result['captions']} held-out captions, PSNR against the twin's own FP16:",
+        "",
+        "| outliers | version | right | PSNR, median | 10th percentile | T5 | DiT | VAE decoder |",
+        "|---|---|---:|---:|---:|---|---|---|",
+    ]
+    for name, versions in result["twins"].items():
+        for label, figures in versions.items():
+            cells = [
+                "–" if title not in figures else form.format(figures[title])
+                for title, (_, form) in list(COLUMNS.items())[:3]
+            ]
+            cells += [figures.get(component, "–") for component in ovp.COMPONENTS]
+            lines.append(f"| {name} | {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -330,16 +317,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", type=Path, default=evaluate.CHECKPOINT)
     parser.add_argument("--count", type=int, default=200, help="the list's first N captions")
-    parser.add_argument("--layers", action="store_true", help="which layers suffer from integers")
+    parser.add_argument("--twins", action="store_true", help="the models with outliers")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    if arguments.layers:
-        measure_layers(arguments.checkpoint)
-        return
-    result = measure(arguments.checkpoint, arguments.count)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    table = format_table(result)
-    write_table(table)
+    if arguments.twins:
+        result, name = measure_twins(arguments.count), "twins"
+        table, command = format_twins(result), f"{COMMAND} --twins"
+    else:
+        result, name = measure(arguments.checkpoint, arguments.count), "presets"
+        table, command = format_table(result), COMMAND
+    Path(f"build/{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_table(table, command)
     print(table, *(result["misses"] or ["Every target is reached."]), sep="\n")
 
 
