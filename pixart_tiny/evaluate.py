@@ -69,8 +69,8 @@ OTHER_BINS = ("4:3", "3:4", "16:9", "9:16")
 TARGETS = {  # the checkpoint's own number of steps → rows
     20: (
         *(Row(shape, 20, None, 96, 93, 4) for shape in ("1:1", *OTHER_BINS)),
-        Row("1:1", 20, "dpmsolver++", 96, 95, 4),
-        Row("1:1", 12, "dpmsolver++", 94, 93),
+        Row("1:1", 20, "sde-dpmsolver++", 96, 95, 4),
+        Row("1:1", 12, None, 94, 93),
     ),
     4: (
         Row("1:1", 4, None, 95, 90, 6),

@@ -21,7 +21,7 @@ from ov_pixart.quantize import apply_recipe
 from ov_pixart.quiet import silent_nncf
 from ov_pixart_helper import PRESETS, Recipe
 from pixart_tiny import evaluate
-from pixart_tiny.presets import F32, GUIDANCE_SCALE, WORK
+from pixart_tiny.presets import F32, WORK
 
 LAYERS = {  # left in floating point, one at a time
     "modulation (adaLN) and timestep": r"\.adaln_single\.",
@@ -59,6 +59,9 @@ def layer_variants() -> Iterator[tuple[str, Recipe]]:
         yield f"  {name} in 4 bits", Recipe(weights="int4", sensitive=others, floating=kept)
     for preset in PRESETS:
         yield f"preset {preset}", PRESETS[preset].transformer
+
+
+GUIDANCE_SCALE = 4.5
 
 
 def measure_layers(checkpoint: Path, samples: int = 40) -> None:

@@ -40,7 +40,6 @@ COMMAND = "python -m pixart_tiny.presets"
 TWIN_PRESETS = ("int8-weights", "int8", "int4")
 TORCH, FP16_F32, FP16 = "PyTorch", "FP16, computed in float32", "FP16"
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
-STEPS, GUIDANCE_SCALE, SIZE = 20, 4.5, 256
 
 
 # ----------------------------------------------------------------------------------------------
@@ -97,13 +96,15 @@ def generate_images(
     if key_file.is_file() and key_file.read_text() == key:
         return [Image.fromarray(image) for image in np.load(file)["images"]]
     print(f"Generating {len(captions)} images with {version.label}", flush=True)
+    settings = ovp.default_settings(version.folder)
     images = evaluate.generate(
         version.load(),
         captions,
-        height=SIZE,
-        width=SIZE,
-        steps=STEPS,
-        guidance_scale=GUIDANCE_SCALE,
+        height=settings.height,
+        width=settings.width,
+        steps=settings.num_inference_steps,
+        guidance_scale=settings.guidance_scale,
+        guidance_end=settings.guidance_end,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     key_file.unlink(missing_ok=True)
@@ -222,7 +223,7 @@ COLUMNS = {  # figure → title, format
 def format_table(result: dict) -> str:
     """The figures as a Markdown table under one line about how they were measured."""
     lines = [
-        f"{result['captions']} held-out captions, {SIZE}×{SIZE}, {STEPS} steps; "
+        f"{result['captions']} held-out captions with the model's own settings; "
         f"time per step and image on {result['device']}:",
         "",
         "| version | " + " | ".join(title for title, _ in COLUMNS.values()) + " |",

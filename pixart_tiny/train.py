@@ -13,6 +13,7 @@ finished checkpoints in pixart-tiny/ and pixart-tiny-lcm/). `--install` copies t
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import shutil
 import time
@@ -52,6 +53,8 @@ def export(run: Run) -> None:
     # transformers loads in the precision named here, diffusers in float32: the two must agree
     config = base / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    index = base / "model_index.json"  # the share of the steps that need guidance
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"_guidance_end": 0.35}, indent=2))
     shutil.copy(run.output / "text" / "tokenizer" / "spiece.model", base / "tokenizer")
     student = PixArtTransformer2DModel.from_pretrained(run.output / "lcm-own" / "transformer")
     student.to(torch.float16).save_pretrained(few_step / "transformer")

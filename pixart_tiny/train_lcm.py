@@ -152,7 +152,7 @@ def follow_teacher(
 
     Deterministic: from one starting point the few-step model can learn to foresee one end.
     """
-    scheduler = make_scheduler("dpmsolver++")
+    scheduler = make_scheduler()
     scheduler.set_timesteps(
         timesteps=[
             round(start + (end - start) * k / SOLVER_STEPS)

@@ -17,7 +17,7 @@ class PerfectPipeline:
 
     def __init__(self, forbidden: str = "nothing"):
         self.forbidden, self.calls = forbidden, []
-        self.scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+        self.scheduler = DPMSolverMultistepScheduler(algorithm_type="dpmsolver++")
 
     def set_progress_bar_config(self, **_):
         pass
@@ -104,10 +104,10 @@ def test_the_command_prints_one_row_and_writes_figures_and_sheet(pipeline, tmp_p
 
 def test_the_command_can_change_steps_guidance_and_solver(pipeline, capsys):
     arguments = ["--count", "1", "--steps", "12", "--guidance-scale", "2"]
-    evaluate.main([*arguments, "--guidance-end", "0.35", "--solver", "dpmsolver++"])
-    assert "| 1:1, 12 steps, dpmsolver++ | 100.0 % (≥ 94) |" in capsys.readouterr().out
+    evaluate.main([*arguments, "--guidance-end", "0.35", "--solver", "sde-dpmsolver++"])
+    assert "| 1:1, 12 steps, sde-dpmsolver++ | 100.0 % |" in capsys.readouterr().out
     assert pipeline.calls == [(1, 256, 256, 12, 2.0, 0.35)]
-    assert pipeline.scheduler.config.algorithm_type == "dpmsolver++"
+    assert pipeline.scheduler.config.algorithm_type == "sde-dpmsolver++"
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ov_pixart_helper import GenerationDefaults
 from pixart_tiny import presets
 from pixart_tiny.presets import FP16, FP16_F32, TORCH, Version
 
@@ -27,6 +28,8 @@ def version(monkeypatch, tmp_path):
         return FakePipeline(image)
 
     monkeypatch.setattr(presets.ovp, "load_pipeline", load)
+    settings = GenerationDefaults(height=8, width=8, num_inference_steps=2, guidance_scale=4.5)
+    monkeypatch.setattr(presets.ovp, "default_settings", lambda folder: settings)
     return SimpleNamespace(
         version=Version("torch", tmp_path / "checkpoint"), loads=loads, root=tmp_path / "work"
     )
