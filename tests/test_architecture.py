@@ -28,6 +28,7 @@ ALLOWED = {
     "optimize": "presets quantize summary calibration checkpoint storage memory ir cost checks",
     "quantize": "presets quality calibration compress ir memory upstream checks quiet",
     "compare": "pipeline loading components call_checks workers plots checkpoint memory checks",
+    "judge_preset": "optimize compare summary checkpoint checks",
     # what these stand on
     "lora": "hub single_file storage checks quiet",
     "sources": "checkpoint single_file hub cost storage ir checks",

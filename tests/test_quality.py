@@ -11,7 +11,13 @@ from openvino import opset13 as ops
 
 from ov_pixart import quality, quantize
 from ov_pixart.compress import equalize_columns
-from ov_pixart_helper import COMPONENTS, convert_pipeline, optimize_pipeline, summarize_models
+from ov_pixart_helper import (
+    COMPONENTS,
+    convert_pipeline,
+    judge_preset,
+    optimize_pipeline,
+    summarize_models,
+)
 from pixart_tiny.twins import TWINS, build_twin
 from tests.support.graphs import rounded_inputs
 from tests.support.optimized import DATA, generate_small
@@ -144,6 +150,15 @@ def test_a_hopeless_component_keeps_its_16_bits_and_says_so(fp16, tmp_path, monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # finished: nothing is measured again
         optimize_pipeline(fp16, tmp_path / "int8", "int8", **DATA)
+
+
+@pytest.mark.slow
+def test_a_preset_is_judged_on_ones_own_prompts_in_one_call(optimized, fp16):
+    folder = optimized("int8-weights")
+    table = judge_preset(fp16, folder, "int8-weights", prompts=["a red star", "a blue ring"])
+    assert list(table.index) == ["source", "int8-weights"]
+    assert table.loc["source", "psnr_db"] == math.inf > table.loc["int8-weights", "psnr_db"] > 5
+    assert {f"{name}, quality" for name in COMPONENTS} <= set(table.columns)
 
 
 # ---- outliers -----------------------------------------------------------------------------------

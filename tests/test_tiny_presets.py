@@ -28,7 +28,7 @@ def version(monkeypatch, tmp_path):
         return FakePipeline(image)
 
     monkeypatch.setattr(presets.ovp, "load_pipeline", load)
-    settings = GenerationDefaults(height=8, width=8, num_inference_steps=2, guidance_scale=4.5)
+    settings = GenerationDefaults(2, 4.5, max_sequence_length=8, height=8, width=8)
     monkeypatch.setattr(presets.ovp, "default_settings", lambda folder: settings)
     return SimpleNamespace(
         version=Version("torch", tmp_path / "checkpoint"), loads=loads, root=tmp_path / "work"
