@@ -18,7 +18,8 @@ def judge_preset(
     """Apply a preset and compare its images with the source's on your own prompts.
 
     Returns the table of `Comparison.to_dataframe`, a row for the source and one for the preset, at
-    the seeds 0, 1, 2…, and a column for each component with the figure of `summarize_models`. Raises what `optimize_pipeline` and `compare_pipelines` raise.
+    the seeds 0, 1, 2…, with a column for each component: the figure of `summarize_models`. Raises
+    what `optimize_pipeline` and `compare_pipelines` raise.
     """
     folder = optimize_pipeline(ov_dir, output_dir, preset)
     versions = {"source": ov_dir, preset: folder}
