@@ -23,7 +23,6 @@ class Recipe:
     is_transformer: bool = True  # NNCF then keeps softmax, normalisation and the like floating
     smooth_quant: float = -1  # from 0 to 1: how much of activations' range moves to weights
     scale_estimation: bool = False  # fit the weights' scales to calibration data
-    group_size: int | None = None  # of weights in 4 bits; None: the largest that fits
     gptq: bool = False  # round weights one column after the other, each making up for the last
     options: tuple[tuple[str, str | int], ...] = ()  # compile options, see ir.STORED_OPTIONS
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)  # label → what it changes

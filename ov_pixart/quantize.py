@@ -74,7 +74,7 @@ def optimize_component(
         samples, held_out = hold_out(data.samples(name, progress=progress))
         judge = Judge(read_ir(source / name), held_out)
     with (
-        progress_bar(f"Calibrating {name}", 0, "sample", progress) as bar,
+        progress_bar(f"Calibrating {name}", len(samples), "sample", progress) as bar,
         free_weights_while_compressing(),
         calibration_outputs_first(),
         silent_nncf(),
@@ -187,7 +187,7 @@ def apply_recipe(
         in_4_bits = (weights_only & weighted) - floating - sensitive
         model = compress_to_4_bits(
             model,
-            recipe.group_size or int4_group_size(config),
+            int4_group_size(config),
             weighted - in_4_bits,
             dataset if recipe.fits_weights else None,
             scale_estimation=recipe.scale_estimation,
