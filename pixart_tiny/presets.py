@@ -37,7 +37,7 @@ from pixart_tiny.twins import TWINS, build_twin
 WORK = Path("build/presets")
 DOCUMENT = Path("docs/presets.md")
 COMMAND = "python -m pixart_tiny.presets"
-TWIN_PRESETS = ("int8-weights", "int8", "int4")
+TWIN_PRESETS = ("int8", "int4")
 TORCH, FP16_F32, FP16 = "PyTorch", "FP16, computed in float32", "FP16"
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
