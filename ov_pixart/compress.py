@@ -34,8 +34,8 @@ def equalize_columns(model: ov.Model) -> None:
     Rounding gives each row of a matrix one scale (in 4 bits, each group in a row), so that a column
     of small weights, which a channel of large activations compensates, is lost. Such a column is
     multiplied by a power of two and its channel divided by it, as cross-layer equalization does
-    (Nagel et al. 2019). Layers that read the same activations share the factors. Where no column
-    differs by more than √2 from the rest, nothing changes.
+    (Nagel et al. 2019). Layers that read the same activations share the factors. Columns within a
+    factor of 2 of the rest are left alone, and a layer where all are.
     """
     groups: dict[tuple[str, int], list[tuple[ov.Node, ov.Node]]] = {}
     for layer in model.get_ordered_ops():
@@ -45,7 +45,8 @@ def equalize_columns(model: ov.Model) -> None:
             groups.setdefault(key, []).append((layer, weights))
     for layers in groups.values():
         powers = [_column_powers(weights.data) for _, weights in layers]
-        factors = np.exp2(np.round(-0.5 * np.log2(np.mean(powers, axis=0)))).astype(np.float32)
+        exponents = -0.5 * np.log2(np.mean(powers, axis=0))
+        factors = np.exp2(np.where(abs(exponents) < 1, 0, np.round(exponents)), dtype=np.float32)
         if (factors == 1).all():
             continue
         activations = ops.multiply(layers[0][0].input_value(0), 1 / factors)
