@@ -80,6 +80,8 @@ def optimize_component(
         silent_nncf(),
     ):
         recipe, measured = _choose(source / name, recipe, samples, judge, bar)
+        if recipe.smooth_quant >= 0:  # reads the samples twice: half of them cost 0.2 dB
+            samples = samples[: -(-len(samples) // 2)]
         model = _apply(source / name, recipe, samples, bar)
     if judge:
         measured |= _keep_to_floor(model, dict(recipe.options), judge, FLOORS[name])
