@@ -37,6 +37,7 @@ from pixart_tiny.twins import TWINS, build_twin
 WORK = Path("build/presets")
 DOCUMENT = Path("docs/presets.md")
 COMMAND = "python -m pixart_tiny.presets"
+RECORDS = ("conversion.json", "optimization.json")  # written anew when a component is kept
 TWIN_PRESETS = ("int8", "int4")
 TORCH, FP16_F32, FP16 = "PyTorch", "FP16, computed in float32", "FP16"
 F32 = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -82,7 +83,8 @@ def make_versions(checkpoint: Path, root: Path, presets: Sequence[str]) -> list[
 def fingerprint(folder: Path) -> dict[str, list[int]]:
     """Size in bytes and time in ns of every file of a model, torch or OpenVINO, in a folder."""
     files = (f for f in folder.rglob("*") if f.suffix in {".json", ".safetensors", ".xml", ".bin"})
-    stats = {str(file.relative_to(folder)): file.stat() for file in sorted(files)}
+    models = sorted(file for file in files if file.name not in RECORDS)
+    stats = {str(file.relative_to(folder)): file.stat() for file in models}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
