@@ -28,9 +28,9 @@ def summarize_models(ov_dir: str | Path) -> pd.DataFrame:
             rows[name] = [round(size, 2), quality_text(file.parent), *ports]
     if not rows:
         raise FileNotFoundError(f"ov_dir={str(ov_dir)!r} holds no model: convert one first.")
-    return pd.DataFrame.from_dict(
-        rows, "index", columns=["size, MB", "quality", "inputs", "output"]
-    )
+    columns = ["size, MB", "quality", "inputs", "output"]
+    table = pd.DataFrame.from_dict(rows, "index", columns=columns)
+    return table if (table["quality"] != "").any() else table.drop(columns="quality")
 
 
 def quality_text(component: Path) -> str:
