@@ -40,7 +40,8 @@ def quality_text(component: Path) -> str:
         return ""
     notes = [name for name in [measured.get("chosen")] if name]
     if measured["floating"]:
-        notes.append(f"{len(measured['floating'])} layers in floating point")
+        count = len(measured["floating"])
+        notes.append(f"{count} layer{'s' if count > 1 else ''} in floating point")
     if measured.get("kept_in_16_bits"):
         notes = ["too low: kept in 16 bits"]
     text = f"{measured['signal_to_error_db']:.1f} dB"
