@@ -172,5 +172,5 @@ def test_smoothing_is_chosen_for_a_twin_with_outliers(tmp_path):
     found = measured(folder, "transformer")
     assert found["chosen"].startswith("SmoothQuant")
     assert max(found["candidates"].values()) > found["candidates"]["no SmoothQuant"] + 1
-    assert found["signal_to_error_db"] > quantize.FLOORS["transformer"]
+    assert found["signal_to_error_db"] > 25
     assert measured(folder, "text_encoder")["signal_to_error_db"] > 35
