@@ -34,7 +34,9 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether NNCF needs calibration data."""
+        """Whether NNCF needs calibration data, for one of the candidates at least."""
+        if self.choices:
+            return any(one.needs_data for one in self.candidates().values())
         return self.activations or self.fits_weights
 
     def candidates(self) -> dict[str, "Recipe"]:

@@ -75,8 +75,7 @@ def optimize_component(
     if recipe.needs_data or (data.prompts and not is_large(source / name)):
         samples, held_out = hold_out(data.samples(name, progress=progress))
         judge = Judge(read_ir(source / name), held_out)
-    is_calibrated = any(one.needs_data for one in recipe.candidates().values())
-    total = len(samples) if is_calibrated else 0
+    total = len(samples) if recipe.needs_data else 0
     with (
         progress_bar(f"Calibrating {name}", total, "sample", progress) as bar,
         free_weights_while_compressing(),

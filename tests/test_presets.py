@@ -91,3 +91,8 @@ def test_only_recipes_with_activation_ranges_or_fitted_scales_need_data(preset):
     recipes = [getattr(row, name) for name in COMPONENTS]
     assert row.needs_data == any(r.activations or r.scale_estimation for r in recipes)
     assert row.needs_data == (preset != "int8-weights")
+
+
+def test_a_recipe_needs_the_data_that_its_candidates_need():
+    assert PRESETS["int4"].text_encoder.needs_data  # other captions make another text encoder
+    assert not PRESETS["int8"].text_encoder.needs_data
