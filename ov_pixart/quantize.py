@@ -157,7 +157,7 @@ def _fall_back(name: str, reached: float) -> dict[str, Any]:
     warnings.warn(
         f"{name} is too far from its source in this preset: signal to error is {reached:.1f} dB, "
         f"below {FLOORS[name]:g} dB: {remedy}.",
-        stacklevel=4,
+        stacklevel=5,
     )
     return {"kept_in_16_bits": keeps}
 

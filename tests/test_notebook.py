@@ -97,7 +97,9 @@ def test_with_another_model_it_runs_to_its_end(checkpoint, tmp_path):
     cells = code_cells(other)
     assert all(cell.execution_count for cell in cells)
     outputs = [output for cell in cells for output in cell.outputs]
-    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not [output for output in outputs if output.output_type == "error"]
+    warned = [output.text for output in outputs if output.get("name") == "stderr"]
+    assert all("it keeps its 16 bits" in text for text in warned)  # of random weights
     printed = " ".join(text for cell in cells for text in texts(cell))
     assert "lcm will be converted" in printed
     assert "'num_inference_steps': 4" in printed

@@ -135,7 +135,7 @@ def test_variants_are_generated_one_ahead_and_reported_in_order():
 def test_without_a_cache_images_are_the_pipelines():
     captions = evaluate.read_captions()[:2]
     study = Study(captions, (256, 256), "cpu")
-    images, rows, shallow = study.generate(Variant("sde", 4, end=0.5))
+    images, rows, shallow = study.generate(Variant("ode", 4, end=0.5))
     assert (rows, shallow) == (6, 0)
     pipeline = ovp.load_pipeline(evaluate.CHECKPOINT)
     options = {"height": 256, "width": 256, "guidance_scale": 4.5, "guidance_end": 0.5}
@@ -143,6 +143,6 @@ def test_without_a_cache_images_are_the_pipelines():
     difference = images.numpy().astype(int) - np.stack([np.asarray(image) for image in expected])
     assert np.abs(difference).max() <= 1
     for cache in (Cache(interval=1), Cache(1, interval=1), Cache(1, threshold=-1.0, order=2)):
-        cached, rows, _ = study.generate(Variant("sde", 4, end=0.5, cache=cache))
+        cached, rows, _ = study.generate(Variant("ode", 4, end=0.5, cache=cache))
         assert rows == 6
         assert (cached.int() - images.int()).abs().max() <= 1
