@@ -5,6 +5,7 @@ memory     the limit that each task runs within      notebook  the tutorial, run
 report     reads a speed report: tables, plots       docs      tables of docs/performance.md
 
 Below them: cases (the tables of cases, engines and sizes), checkpoints (random weights, and IRs
-made from them), engines (one engine, timed), layers (where one step's time goes), limits (memory
-limits that the kernel enforces), probes (the tasks that run within them) and machine.
+made from them), engines (one engine, timed), images (whole images with it), loaders (torch's
+modules), layers (where one step's time goes), limits (memory limits that the kernel enforces),
+probes (the tasks that run within them) and machine.
 """

@@ -24,7 +24,6 @@ class Case:
     pixels: int = 512
     steps: int = 1
     guidance: float = 0.0
-    guidance_end: float = 1.0  # share of the steps
 
 
 CASES = {
@@ -44,18 +43,6 @@ CASES = {
             steps=20,
             guidance=4.5,
         ),
-        *(
-            Case(
-                f"image_512_{steps}step_cfg{100 * end:.0f}",
-                "image",
-                XL_512,
-                f"An image of 512² in {steps} steps, guidance in the first {100 * end:.0f} %",
-                steps=steps,
-                guidance=4.5,
-                guidance_end=end,
-            )
-            for steps, end in ((20, 0.5), (20, 0.35), (16, 0.35))
-        ),
         Case("convert_dit", "convert", XL_1024, "Conversion of the DiT (1024-MS)", 1024),
         Case("convert_t5", "convert", T5_XXL, "Conversion of the T5-XXL encoder"),
     )
@@ -65,7 +52,29 @@ TORCH = ("torch-fp32", "torch-bf16", "torch-compile-bf16")
 OPENVINO = ("ov-fp16", "ov-int8-weights", "ov-int8", "ov-int4", "ov-hybrid")
 # The conversion of the published notebook: traced at the model's own size, in float32.
 PUBLISHED_RECIPE = "published-recipe"
-ENGINES = (*TORCH, *OPENVINO, PUBLISHED_RECIPE)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another way to generate an image with the weights of `engine`. `steps`: 0 for the case's."""
+
+    engine: str
+    steps: int = 0
+    guidance_end: float = 1.0  # share of the steps
+    small_decoder: bool = False  # an AutoencoderTiny in place of the VAE
+    is_static: bool = False
+
+
+VARIANTS = {
+    "ov-int8-cfg50": Variant("ov-int8", guidance_end=0.5),
+    "ov-int8-cfg35": Variant("ov-int8", guidance_end=0.35),
+    "ov-int8-16step-cfg35": Variant("ov-int8", steps=16, guidance_end=0.35),
+    "ov-int8-small-decoder": Variant("ov-int8", small_decoder=True),
+    "ov-int8-static": Variant("ov-int8", is_static=True),
+    "ov-int8-static-small-decoder": Variant("ov-int8", small_decoder=True, is_static=True),
+    "torch-compile-bf16-small-decoder": Variant("torch-compile-bf16", small_decoder=True),
+}
+ENGINES = (*TORCH, *OPENVINO, PUBLISHED_RECIPE, *VARIANTS)
 # The weight_format that `convert_…` makes these engines with.
 WEIGHT_FORMATS = {"ov-fp16": "fp16", "ov-int8-weights": "int8", "ov-int4": "int4"}
 
@@ -74,9 +83,16 @@ def engines_of(case: Case) -> tuple[str, ...]:
     """The engines that make sense for a case."""
     if case.kind == "convert":
         return (PUBLISHED_RECIPE, *WEIGHT_FORMATS)
-    if case.guidance_end < 1:  # of one engine: the others save the same share
-        return ("ov-int8",)
-    return (*TORCH, *OPENVINO)
+    if case.kind != "image":
+        return (*TORCH, *OPENVINO)
+    is_guided = case.guidance > 1
+    variants = [name for name, one in VARIANTS.items() if is_guided or one.guidance_end == 1]
+    return (*TORCH, *OPENVINO, *variants)
+
+
+def variant(engine: str) -> Variant:
+    """How an engine generates."""
+    return VARIANTS.get(engine, Variant(engine))
 
 
 def select(cases: str = "", engines: str = "", *, scale: "Scale") -> dict[str, list[str]]:

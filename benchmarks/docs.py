@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.cases import CASES, ENGINES
+from benchmarks.cases import CASES, OPENVINO, TORCH, VARIANTS
 from benchmarks.checkpoints import ROOT
 from benchmarks.report import load
 from ov_pixart.checks import read_json
@@ -14,7 +14,7 @@ REPORTS = ROOT / "assets" / "bench"
 PAGE = ROOT / "docs" / "performance.md"
 PLOT = ROOT / "assets" / "images" / "speed.png"
 # torch in bfloat16 without compiling lies between the two columns of torch that are shown
-_SHOWN = [engine for engine in ENGINES if engine not in ("torch-bf16", "published-recipe")]
+_SHOWN = [engine for engine in (*TORCH, *OPENVINO) if engine != "torch-bf16"]
 
 
 def write() -> None:
@@ -63,6 +63,38 @@ def speed_table(file: str) -> str:
             rows.append([case.summary, *("–" if n is None else f"{n:#.3g}" for n in numbers)])
     titles = [f"`{name[3:]}`" if name.startswith("ov-") else name for name in engines]
     return f"{report.machine}:\n\n" + table(["seconds", *titles], rows)
+
+
+def variants_table() -> str:
+    """Seconds of an image and ratios to `int8`: one row per variant, two columns per case."""
+    seconds = load(REPORTS / "variants.json").to_dataframe()["seconds"]
+    cases = list(dict.fromkeys(case for case, _ in seconds.index))
+    rows = []
+    for engine in ("torch-compile-bf16", "ov-int8", *VARIANTS):
+        row = [_VARIANTS[engine]]
+        for case in cases:
+            found = seconds.get((case, engine))
+            row += (
+                ["–", "–"]
+                if found is None
+                else [f"{found:#.3g} s", f"{found / seconds[case, 'ov-int8']:.2f} ×"]
+            )
+        rows.append(row)
+    titles = [title for case in cases for title in (CASES[case].summary, "against `int8`")]
+    return table(["", *titles], rows)
+
+
+_VARIANTS = {
+    "torch-compile-bf16": "torch-compile-bf16",
+    "ov-int8": "`int8`",
+    "ov-int8-cfg50": "guidance in the first half",
+    "ov-int8-cfg35": "guidance in the first 35 %",
+    "ov-int8-16step-cfg35": "16 steps, guidance in the first 35 %",
+    "ov-int8-small-decoder": "small decoder",
+    "ov-int8-static": "static shapes",
+    "ov-int8-static-small-decoder": "static shapes, small decoder",
+    "torch-compile-bf16-small-decoder": "torch-compile-bf16, small decoder",
+}
 
 
 def settings_table() -> str:
@@ -171,6 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory_table,
     "speed-xeon": lambda: speed_table("xeon-2-cores.json"),
     "speed-epyc": lambda: speed_table("epyc-2-cores.json"),
+    "variants": variants_table,
     "settings": settings_table,
     "steps": steps_table,
     "caches": caches_table,

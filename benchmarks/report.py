@@ -24,9 +24,6 @@ _TITLES = {
     "t5_encode_120": "T5-XXL, a prompt of 30 tokens",
     "image_512_4step": "Image of 512², 4 steps",
     "image_512_20step_cfg": "Image of 512², 20 steps, guided",
-    "image_512_20step_cfg50": "Image of 512², 20 steps, half of them guided",
-    "image_512_20step_cfg35": "Image of 512², 20 steps, 35 % of them guided",
-    "image_512_16step_cfg35": "Image of 512², 16 steps, 35 % of them guided",
     "convert_dit": "Conversion of the DiT",
     "convert_t5": "Conversion of T5-XXL",
 }
@@ -41,7 +38,15 @@ _OF_ENGINES = {  # first part of an engine's name → colour
 }
 
 # Each engine is compared with these, where they were measured, too.
-BASELINES = ("ov-fp16", "torch-fp32", "torch-bf16", "torch-compile-bf16", "published-recipe")
+BASELINES = (
+    "ov-fp16",
+    "ov-int8",
+    "torch-fp32",
+    "torch-bf16",
+    "torch-compile-bf16",
+    "torch-compile-bf16-small-decoder",
+    "published-recipe",
+)
 # Upper bounds of ratios, on a machine with VNNI and AVX-512 BF16.
 TARGETS = {
     "ov-int8/ov-fp16@dit_step_512": 0.60,
@@ -49,6 +54,11 @@ TARGETS = {
     "ov-int8/ov-fp16@image_512_4step": 0.60,
     "ov-int8/torch-compile-bf16@image_512_4step": 0.40,
     "ov-int8/torch-fp32@image_512_4step": 0.16,
+    "ov-int8-cfg35/ov-int8@image_512_20step_cfg": 0.70,
+    "ov-int8-16step-cfg35/ov-int8@image_512_20step_cfg": 0.58,
+    "ov-int8-16step-cfg35/torch-compile-bf16@image_512_20step_cfg": 0.36,
+    "ov-int8-static-small-decoder/ov-int8@image_512_4step": 0.78,
+    "ov-int8-static-small-decoder/torch-compile-bf16-small-decoder@image_512_4step": 0.46,
     "ov-fp16/published-recipe@convert_dit": 0.10,
 }
 
@@ -200,13 +210,13 @@ def save_plots(file: str | Path) -> list[Path]:
 
 def describe(content: dict[str, Any]) -> list[str]:
     """A report as lines of text for the terminal."""
-    lines = [f"\n{'case':22}{'engine':20}{'seconds':>10}{'peak GB':>9}{'runs':>6}"]
+    lines = [f"\n{'case':22}{'engine':34}{'seconds':>10}{'peak GB':>9}{'runs':>6}"]
     last = None
     for one in content["results"]:
         case = one["case"] if one["case"] != last else ""
         last = one["case"]
         lines.append(
-            f"{case:22}{one['engine']:20}{one['seconds']:10.3f}{one['peak_rss_gb']:9.2f}"
+            f"{case:22}{one['engine']:34}{one['seconds']:10.3f}{one['peak_rss_gb']:9.2f}"
             f"{one['runs']:6d}"
         )
     if content["quick"]:

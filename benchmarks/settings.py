@@ -16,7 +16,8 @@ import torch
 
 from benchmarks import checkpoints
 from benchmarks.cases import CASES, FULL, Scale
-from benchmarks.engines import OneModel, clock, component_call
+from benchmarks.engines import OneModel, component_call
+from benchmarks.loaders import clock
 from benchmarks.machine import describe_machine
 from ov_pixart.loading import load_pipeline
 from ov_pixart.storage import write_json

@@ -73,7 +73,7 @@ class SpeedBench:
         with tqdm(total=total, unit="engine", disable=not self.progress) as self.bar:
             for name, engines in todo.items():
                 case = CASES[name]
-                ready = [engine for engine in engines if self._prepare(case, engine)]
+                ready = [one for one in engines if self._prepare(case, plan.variant(one).engine)]
                 for group in self._groups(case, ready):
                     self._take_turns(case, group)
             case_name, engine = _PROFILED
@@ -147,32 +147,43 @@ class SpeedBench:
         """Engines that take turns; the groups run one after another."""
         if case.kind == "convert":
             return [[engine] for engine in engines]
-        sizes = {engine: _weight_bytes(self._folder(case, engine)) for engine in engines}
-        return group_by_memory(sizes, _SIDE_BY_SIDE * psutil.virtual_memory().available)
+        loaded = dict.fromkeys(plan.variant(engine).engine for engine in engines)
+        sizes = {engine: _weight_bytes(self._folder(case, engine)) for engine in loaded}
+        groups = group_by_memory(sizes, _SIDE_BY_SIDE * psutil.virtual_memory().available)
+        return [[one for one in engines if plan.variant(one).engine in group] for group in groups]
 
     def _take_turns(self, case: Case, engines: list[str]) -> None:
-        """Load, warm up, then run in turns; an engine that fails drops out."""
+        """Load, warm up, then run in turns; an engine that fails drops out.
+
+        Variants of an engine run in its process, with the weights that it has loaded.
+        """
         turns = 1 if case.kind == "convert" else self.scale.turns
         runs: dict[str, list[dict[str, float]]] = {engine: [] for engine in engines}
         with Workers() as workers:
 
             def attempt(engine: str, action: str, *task: Any) -> Any:
                 self.bar.set_description(f"{case.name}: {action} {engine}")
+                process = plan.variant(engine).engine
                 try:
-                    return workers.call(engine, *task)
+                    return workers.call(process, *task)
                 except WorkerError as error:
                     self._skip(case, engine, str(error))
                     del runs[engine]
-                    workers.stop(engine)
+                    if process not in {plan.variant(other).engine for other in runs}:
+                        workers.stop(process)
 
-            for engine in engines:
-                folder = self._folder(case, engine)
-                attempt(engine, "loading", Runner, case, engine, folder, self.scale)
+            def arguments(engine: str) -> list[plan.Variant]:
+                return [plan.variant(engine)] if case.kind == "image" else []
+
+            for engine in engines:  # a variant's replaces that of its engine, which costs little
+                base = plan.variant(engine).engine
+                folder = self._folder(case, base)
+                attempt(engine, "loading", Runner, case, base, folder, self.scale)
             for engine in list(runs):
-                attempt(engine, "warming up", "warm_up")
+                attempt(engine, "warming up", "warm_up", *arguments(engine))
             for turn in range(turns):
                 for engine in [name for name in runs if self._has_time(runs[name])]:
-                    if measured := attempt(engine, "running", "run", turn):
+                    if measured := attempt(engine, "running", "run", turn, *arguments(engine)):
                         runs[engine].append(measured)
         for engine, measured in runs.items():
             self._keep(case, engine, measured)

@@ -21,7 +21,7 @@ from benchmarks.settings import Setting, measure
 from ov_pixart.checkpoint import load_component, stored_weights
 from ov_pixart.convert import convert_pipeline
 from ov_pixart.storage import write_json
-from ov_pixart.workers import call_in_process
+from ov_pixart.workers import Workers, call_in_process
 
 MINIATURE = plan.Scale(
     "miniature",
@@ -155,10 +155,29 @@ def test_results_of_another_machine_are_kept_apart(measured, tmp_path, monkeypat
 @pytest.mark.slow
 def test_whole_images_are_timed_with_torch_and_openvino(tmp_path):
     engines = ["torch-bf16", "ov-fp16"]
-    chosen = {"image_512_4step": engines, "image_512_16step_cfg35": ["ov-fp16"]}
-    content = _miniature(tmp_path).run(chosen)
+    content = _miniature(tmp_path).run({"image_512_4step": engines})
     assert content["skipped"] == []
-    assert [one["engine"] for one in content["results"]] == [*engines, "ov-fp16"]
+    assert [one["engine"] for one in content["results"]] == engines
+
+
+@pytest.mark.slow
+def test_variants_run_in_the_process_of_their_engine(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(Workers, "call", _noting(used, Workers.call))
+    engines = [name for name, one in plan.VARIANTS.items() if one.engine == "ov-int8"]
+    content = _miniature(tmp_path).run({"image_512_20step_cfg": ["ov-int8", *engines]})
+    assert content["skipped"] == []
+    assert [one["engine"] for one in content["results"]] == ["ov-int8", *engines]
+    assert {name for name, task in used if task == "run"} == {"ov-int8"}
+    assert f"{engines[0]}/ov-int8@image_512_20step_cfg" in content["ratios"]
+
+
+def _noting(used: list, call):
+    def noted(self, worker, function, *arguments):
+        used.append((worker, function))
+        return call(self, worker, function, *arguments)
+
+    return noted
 
 
 @pytest.mark.slow
@@ -202,8 +221,8 @@ def test_published_sizes_are_met():
 def test_names_pick_cases_and_engines():
     chosen = plan.select("convert_dit, dit_step_512", "ov-int8 ov-fp16", scale=plan.FULL)
     assert chosen == {"dit_step_512": ["ov-fp16", "ov-int8"], "convert_dit": ["ov-fp16"]}
-    interval = "image_512_20step_cfg35"
-    assert plan.select(interval, scale=plan.FULL) == {interval: ["ov-int8"]}
+    few_steps = plan.select("image_512_4step", scale=plan.FULL)["image_512_4step"]
+    assert "ov-int8-static" in few_steps and "ov-int8-cfg35" not in few_steps
 
 
 @pytest.mark.parametrize(

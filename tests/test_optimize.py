@@ -9,7 +9,7 @@ import pytest
 from optimum.intel import OVDiffusionPipeline
 
 import ov_pixart_helper as helper
-from ov_pixart import ir, optimize
+from ov_pixart import ir, optimize, quantize
 from ov_pixart_helper import COMPONENTS, PRESETS, OVPixArtAlphaPipeline, optimize_pipeline
 from tests.support.folders import flip_a_bit
 from tests.support.graphs import layers, rounded_inputs
