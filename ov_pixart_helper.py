@@ -36,8 +36,8 @@ with quiet_imports():  # missing torchvision and the like
     # 4 Compare: the same images from several versions, and every figure
     from ov_pixart.compare import Comparison, compare_pipelines
     from ov_pixart.judge_preset import judge_preset
-    from ov_pixart.plots import activation_range_figure, evaluations_figure, show_images
-    from ov_pixart.plots import weight_grid_figure, word_maps_figure
+    from ov_pixart.plots import activation_range_figure, amplified_difference, evaluations_figure
+    from ov_pixart.plots import show_images, weight_grid_figure, word_maps_figure
 
     # Tools
     from ov_pixart.checks import named_folders, public, read_json

@@ -7,5 +7,5 @@ report     reads a speed report: tables, plots       docs      tables of docs/pe
 Below them: cases (the tables of cases, engines and sizes), checkpoints (random weights, and IRs
 made from them), engines (one engine, timed), images (whole images with it), loaders (torch's
 modules), layers (where one step's time goes), limits (memory limits that the kernel enforces),
-probes (the tasks that run within them) and machine.
+probes (the tasks that run within them), stored (the notebook as it is committed) and machine.
 """

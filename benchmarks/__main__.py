@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     notebook.add_argument(
         "--copy-to", type=Path, metavar="FOLDER", help="copy all that it needs, and do not run it"
     )
+    notebook.add_argument("--store", action="store_true", help="put the outputs into pixart.ipynb")
     command("docs", _docs, "write the tables of docs/performance.md from assets/bench")
     return parser
 
@@ -87,7 +88,7 @@ def _notebook(options: argparse.Namespace) -> None:
     if options.copy_to:
         copy_needed(options.copy_to)
     else:
-        run_notebook(options.model)
+        run_notebook(options.model, keep=options.store)
 
 
 def _docs(options: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@
     python -m benchmarks notebook real                 # PixArt-XL at 512², 20 guided steps
     python -m benchmarks notebook few-steps            # the same in 4 steps, as LCM has it
     python -m benchmarks notebook path/of/a/checkpoint
+    python -m benchmarks notebook --store              # PixArt-tiny, and commit what it printed
 
 PixArt-XL comes with T5-XXL, both of the published size and with random weights: its images are
 noise. Memory is the most that all processes held at a time. On Linux, pages that several of them
@@ -20,6 +21,8 @@ import time
 from pathlib import Path
 
 import psutil
+
+from benchmarks.stored import store
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = "pixart.ipynb"
@@ -52,13 +55,22 @@ def copy_needed(folder: Path) -> Path:
     return folder / NOTEBOOK
 
 
-def main(model: str = "") -> None:
-    """Run the notebook with a model, see above, and print its figures."""
+def main(model: str = "", *, keep: bool = False) -> None:
+    """Run the notebook with a model, see above, and print its figures.
+
+    `keep`: put the outputs into pixart.ipynb. Raises ValueError if they are another model's.
+    """
+    if keep and model:
+        raise ValueError(
+            f"--store keeps the outputs of PixArt-tiny, not of {model!r}: leave it out."
+        )
     checkpoint = _join_full_size(model) if model in SCHEDULERS else Path(model).resolve()
     output = ROOT / "build" / (f"notebook-{checkpoint.name}.ipynb" if model else "notebook.ipynb")
     minutes, memory, disk = run(checkpoint if model else None, output)
     print(f"The notebook took {minutes:.1f} minutes, at most {memory:.1f} GB of memory, and")
     print(f"{disk:.1f} GB of disk for its models. It lies in build/{output.name}.")
+    if keep:
+        store(output, ROOT / NOTEBOOK)
 
 
 def run(checkpoint: Path | None, output: Path) -> tuple[float, float, float]:

@@ -309,9 +309,10 @@ class Comparison:
         """One row per label: times and likeness are medians, the score is the mean of all images.
 
         `size_mb`: the three components, in 10⁶ bytes. `text_encoder_ms`: prompt and negative
-        prompt. `step_ms`: one call of the DiT, guidance included. `total_s`: the whole image.
-        `peak_memory_mb`: of the process, with about half a GB of libraries in it. `psnr_db` and
-        `ssim` compare with the reference, which equals itself: infinity and 1.
+        prompt. `step_ms`: one call of the DiT; of a guided step, with both predictions.
+        `total_s`: the whole image. `peak_memory_mb`: of the process, with about half a GB of
+        libraries in it. `psnr_db` and `ssim` compare with the reference, which equals itself:
+        infinity and 1.
         """
         rows = {}
         for label, runs in self.runs.items():

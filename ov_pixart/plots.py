@@ -55,7 +55,7 @@ def show_images(images: dict[str, Image.Image | np.ndarray]) -> Figure:
     )
     for ax, (name, image) in zip(axes.flat, images.items(), strict=True):
         ax.imshow(image)
-        ax.set_title(name, fontsize=10, wrap=True)
+        ax.set_title(name, fontsize=12, wrap=True)
         ax.axis("off")
     figure.tight_layout(pad=0.3)
     return finished(figure)
@@ -104,7 +104,7 @@ def comparison_figure(
     for ax, name in zip(axes.flat, names, strict=True):
         title, unit, form = _PANELS[name]
         add_bars(ax, table[name], form, shares=shares.get(name))
-        ax.set_title(title.format(reference=reference), loc="left", fontsize=11)
+        ax.set_title(title.format(reference=reference), loc="left", fontsize=12)
         ax.set_xlabel(unit)
     axes.flat[0].invert_yaxis()  # shared: the first label on top, everywhere
     handles = [Patch(color=COLOURS[part], label=text) for part, text in _COMPONENT_NAMES.items()]
@@ -136,15 +136,15 @@ def differences_figure(
     for i, caption in enumerate(captions):
         top, bottom = axes[2 * i], axes[2 * i + 1]
         text = textwrap.fill(caption, int(width * 10))
-        bottom[0].text(0.5, 0.95, text, ha="center", va="top", fontsize=9)
+        bottom[0].text(0.5, 0.95, text, ha="center", va="top", fontsize=10)
         for column, label in enumerate(labels):
             top[column].imshow(images[label][i])
-            top[column].set_title(label, fontsize=10)
+            top[column].set_title(label, fontsize=12)
             if column:
                 difference = amplified_difference(images[label][i], references[i], amplification)
                 bottom[column].imshow(difference)
                 title = f"difference × {amplification:g}, {psnr_db[label][i]:.1f} dB"
-                bottom[column].set_title(title, fontsize=9)
+                bottom[column].set_title(title, fontsize=10)
     figure.tight_layout()
     return finished(figure)
 
@@ -170,12 +170,12 @@ def word_maps_figure(image: Image.Image, maps: dict[str, np.ndarray]) -> Figure:
     )
     axes = axes[0]
     axes[0].imshow(image)
-    axes[0].set_title("the image", fontsize=10)
+    axes[0].set_title("the image", fontsize=12)
     extent = (0, image.width, image.height, 0)
     for ax, (word, values) in zip(axes[1:], maps.items(), strict=True):
         ax.imshow(image)
         ax.imshow(values, extent=extent, alpha=0.65, cmap="inferno", interpolation="bicubic")
-        ax.set_title(word, fontsize=10)
+        ax.set_title(word, fontsize=12)
     for ax in axes:
         ax.axis("off")
     figure.tight_layout(pad=0.3)
@@ -198,7 +198,7 @@ def weight_grid_figure(weights: np.ndarray, group_size: int = 64) -> Figure:
     ):
         ax.axline((0, 0), slope=1, color=COLOURS["rest"], linewidth=0.8, zorder=0)
         ax.scatter(group, rounded, s=14, color=colour)
-        ax.set_title(f"{title}: {_signal_to_error(group, rounded):.0f} dB", fontsize=11)
+        ax.set_title(f"{title}: {_signal_to_error(group, rounded):.0f} dB", fontsize=12)
         ax.set_xlabel("weight in FP16")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("weight on the grid")
@@ -223,8 +223,8 @@ def activation_range_figure(values: np.ndarray, low: float, high: float) -> Figu
         ax.hist(data.ravel(), bins=200, color=COLOURS["whole"], log=True)
         for edge in (left, right):
             ax.axvline(edge, color=COLOURS["transformer"], linestyle="--")
-        shared = f"{levels} of 256 levels for the other channels, {quality:.0f} dB"
-        ax.set_title(f"{title}:\n{shared}", fontsize=11)
+        shared = f"{levels} of 256 levels without the largest channel, {quality:.0f} dB"
+        ax.set_title(f"{title}:\n{shared}", fontsize=12)
         ax.set_xlabel("activation (dashed: the range of its 256 levels)")
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("number of values (log scale)")
@@ -240,13 +240,13 @@ def _signal_to_error(values: np.ndarray, rounded: np.ndarray) -> float:
     return float(10 * np.log10(np.square(values).mean() / np.square(values - rounded).mean()))
 
 
-def evaluations_figure(points: list[dict]) -> Figure:
+def evaluations_figure(table: pd.DataFrame) -> Figure:
     """Share of right images against evaluations of the DiT per image, a line per version.
 
-    `points`: dictionaries with `version`, `evaluations`, and the shares `one_object` and
-    `two_objects` in per cent.
+    Columns of `table`: `version`, `evaluations`, and the shares `one_object` and `two_objects` in
+    per cent.
     """
-    table = pd.DataFrame(points)
+    lowest = table[["one_object", "two_objects"]].to_numpy().min()
     figure, axes = plt.subplots(ncols=2, figsize=(10, 3.8), facecolor="white", sharey=True)
     colours = [COLOURS[name] for name in ("transformer", "text_encoder", "vae_decoder", "rest")]
     for ax, column in zip(axes, ("one_object", "two_objects"), strict=True):
@@ -255,9 +255,9 @@ def evaluations_figure(points: list[dict]) -> Figure:
         ):
             rows = rows.sort_values("evaluations")
             ax.plot(rows["evaluations"], rows[column], "o-", color=colour, label=version)
-        ax.set_title(column.replace("_", " "), loc="left", fontsize=11)
+        ax.set_title(column.replace("_", " "), loc="left", fontsize=12)
         ax.set_xlabel("evaluations of the DiT per image")
-        ax.set_ylim(0, 103)
+        ax.set_ylim(10 * (lowest // 10), 101)
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("right images, %")

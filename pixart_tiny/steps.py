@@ -15,9 +15,9 @@ import ov_pixart_helper as ovp
 from pixart_tiny import evaluate, oracle, scenes
 
 RESULT = Path("assets/bench/pixart-tiny-steps.json")
-FEW_STEP = "few-step model, LCM"
+FEW_STEP = "few-step model"
 VERSIONS = (  # label, numbers of steps, the share of them that is guided
-    ("guided, DPM-Solver++", (6, 8, 12, 16, 20), 1.0),
+    ("guided in all steps", (6, 8, 12, 16, 20), 1.0),
     ("guided in the first 35 %", (6, 8, 12, 16, 20), 0.35),
     (FEW_STEP, (1, 2, 4), 1.0),
 )

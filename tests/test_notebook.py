@@ -9,6 +9,7 @@ import nbformat
 import pytest
 
 from benchmarks.notebook import copy_needed, run
+from benchmarks.stored import clean
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "pixart.ipynb"
@@ -42,6 +43,55 @@ def test_its_outputs_hold_no_paths_of_a_machine(notebook):
     for cell in code_cells(notebook):
         for text in texts(cell):
             assert not re.search(r"(^|[\s'\"(])(/[a-z]+/[\w./-]+|[A-Z]:\\)", text), text
+
+
+def test_nothing_in_it_needs_a_kernel_to_show(notebook):
+    shown = str([cell.outputs for cell in code_cells(notebook)])
+    assert (
+        "widget-view" not in shown and "<iframe" not in shown and "widgets" not in notebook.metadata
+    )
+
+
+def test_widgets_are_stored_as_text_in_their_last_state():
+    def label(text):
+        return {"state": {"_model_name": "HTMLModel", "value": text}}
+
+    widgets = {
+        "bar": {
+            "state": {
+                "_model_name": "HBoxModel",
+                "children": ["IPY_MODEL_a", "IPY_MODEL_b", "IPY_MODEL_c"],
+            }
+        },
+        "a": label("Converted: 100%"),
+        "b": {"state": {"_model_name": "FloatProgressModel", "value": 3.0, "max": 3.0}},
+        "c": label(" 3/3\u2007[00:04&lt;00:00]"),
+        "box": {"state": {"_model_name": "VBoxModel", "children": ["IPY_MODEL_d"]}},
+        "d": {
+            "state": {
+                "_model_name": "DropdownModel",
+                "description": "Device:",
+                "index": 1,
+                "_options_labels": ["GPU", "CPU"],
+            }
+        },
+    }
+    view = "application/vnd.jupyter.widget-view+json"
+    outputs = [
+        nbformat.v4.new_output("display_data", {view: {"model_id": name}, "text/plain": "…"})
+        for name in ("bar", "box")
+    ]
+    frame = {"text/html": '<div><iframe src="http://127.0.0.1:7860/"></iframe></div>'}
+    outputs.append(nbformat.v4.new_output("display_data", frame))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(outputs=outputs)])
+    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3"}
+    state = "application/vnd.jupyter.widget-state+json"
+    notebook.metadata.widgets = {state: {"state": widgets}}
+    notebook = nbformat.from_dict(notebook)
+    clean(notebook)
+    texts = [output.data.get("text/plain") for output in notebook.cells[0].outputs]
+    assert texts[:2] == ["Converted: 100%|██████████| 3/3 [00:04<00:00]", "Device: CPU"]
+    assert "iframe" not in str(notebook) and "widget-view" not in str(notebook)
 
 
 def test_no_table_is_cut(notebook):
