@@ -15,6 +15,7 @@ where it was.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import time
@@ -80,12 +81,11 @@ def make_versions(checkpoint: Path, root: Path, presets: Sequence[str]) -> list[
     return versions
 
 
-def fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Size in bytes and time in ns of every file of a model, torch or OpenVINO, in a folder."""
+def fingerprint(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a model, torch or OpenVINO, in a folder."""
     files = (f for f in folder.rglob("*") if f.suffix in {".json", ".safetensors", ".xml", ".bin"})
-    models = sorted(file for file in files if file.name not in RECORDS)
-    stats = {str(file.relative_to(folder)): file.stat() for file in models}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    models = {str(f.relative_to(folder)): f for f in files if f.name not in RECORDS}
+    return {name: hashlib.sha256(models[name].read_bytes()).hexdigest() for name in sorted(models)}
 
 
 def generate_images(

@@ -1,6 +1,5 @@
 """The command that measures the presets on PixArt-tiny."""
 
-import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 from ov_pixart_helper import GenerationDefaults
 from pixart_tiny import presets
 from pixart_tiny.presets import FP16, FP16_F32, TORCH, Version
+from tests.support.folders import flip_a_bit
 
 CAPTIONS = [("a large red heart on a white background", 1)]
 
@@ -59,8 +59,7 @@ def test_images_are_kept_while_the_checkpoint_is_the_same(version):
 def test_images_of_a_changed_torch_checkpoint_are_generated_anew(version):
     presets.generate_images(version.version, CAPTIONS, version.root)
     weights = version.version.folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    stat = weights.stat()
-    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1_000_000_000))
+    flip_a_bit(weights)
     assert red(presets.generate_images(version.version, CAPTIONS, version.root)) == 2
 
 
@@ -75,7 +74,10 @@ def test_a_fingerprint_has_models_and_configurations_and_no_documents(tmp_path):
         (tmp_path / name).write_text(name)
     found = presets.fingerprint(tmp_path)
     assert [*found] == ["vae/config.json", "vae/openvino_model.bin"]
-    assert found["vae/config.json"][0] == len("vae/config.json")
+    (tmp_path / "README.md").write_text("another")
+    assert presets.fingerprint(tmp_path) == found
+    (tmp_path / "vae/config.json").write_text("another")
+    assert presets.fingerprint(tmp_path) != found
 
 
 def figures(**changes):
