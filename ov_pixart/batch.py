@@ -203,9 +203,11 @@ def generate_many(
     """Generate an image for every row of a file of captions, and write them to `output_dir`.
 
     `captions`, `column`, `split`: as in `shards.read_captions`. `ov_dir`: an OpenVINO folder.
-    `actors`: processes, each with `threads` processors and a pipeline of its own; None generates
-    in this process, without Ray. `address`: of a Ray cluster, whose machines all see `ov_dir` and
-    `output_dir` under the same path. `call`: settings of rows that have none of their own.
+    `actors`: processes with a pipeline of their own; None generates in this process, without Ray.
+    `threads`: processors of each, by default as many as the folder was begun with, or its share of
+    this machine's. With the same number of threads, images are the same to the bit, whatever the
+    number of actors (on processors of one kind). `address`: of a Ray cluster, whose machines all
+    see `ov_dir` and `output_dir` under the same path. `call`: settings of rows that set none.
     `png`: write PNG files and a table of their names instead of tables with the images.
     `retry_failed`: generate the shards again in which a row failed.
 
@@ -226,10 +228,12 @@ def generate_many(
         check_openvino_folder(ov_dir)
     rows = read_captions(captions, column=column, split=split)
     shards = Shards(output_dir, shard_size, png)
-    options = {"threads": threads, "call": call, "load": load}
-    options["release_text_encoder"] = release_text_encoder
+    options = {"call": call, "load": load, "release_text_encoder": release_text_encoder}
     with locked(output_dir), explain_write_errors(output_dir):
-        plan = make_plan(rows, ov_dir, settings, shards)
+        # another number of threads would round differently
+        threads = threads or shards.begun().get("threads")
+        options["threads"] = threads = threads or max(1, (os.cpu_count() or 1) // (actors or 1))
+        plan = make_plan(rows, ov_dir, {"threads": threads, **settings}, shards)
         shards.prepare(plan, len(rows), retry_failed=retry_failed)
         rest = sum(map(len, shards.tables(rows)))
         start = time.perf_counter()
@@ -237,7 +241,7 @@ def generate_many(
         steps = (
             _in_this_process(rows, *writer)
             if actors is None
-            else _on_ray(rows, *writer, actors, threads, address)
+            else _on_ray(rows, *writer, actors, address)
         )
         with tqdm(
             total=len(rows), initial=len(rows) - rest, unit="image", disable=not progress
@@ -266,7 +270,6 @@ def _on_ray(
     ov_dir: Path,
     options: dict[str, Any],
     actors: int,
-    threads: int | None,
     address: str | None,
 ) -> Iterator[dict[str, Any]]:
     """Let a pool of actors write the shards; those of an actor that dies go to another one.
@@ -275,7 +278,7 @@ def _on_ray(
     not, or where one row kills every actor. So actors are not restarted, the shards that are
     missing at the end are the next round's, and a round without a new shard is the last.
     """
-    threads = threads or max(1, (os.cpu_count() or 1) // actors)
+    threads = options["threads"]
     rest = list(shards.tables(rows))
     if not rest:
         return

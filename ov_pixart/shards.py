@@ -211,6 +211,11 @@ class Shards:
         errors = pa.parquet.read_table(self.file(shard), columns=["error"])["error"]
         return len(errors) - errors.null_count
 
+    def begun(self) -> dict[str, Any]:
+        """The plan that the folder was begun with, `{}` for a new one."""
+        file = self.folder / PLAN
+        return read_json(file) if file.exists() else {}
+
     def prepare(self, plan: dict[str, Any], rows: int, *, retry_failed: bool) -> None:
         """Write the plan, or compare it with the one there; the folder is locked by the caller.
 
@@ -223,11 +228,12 @@ class Shards:
             rule = f"an empty folder, or one with a {PLAN}"
             check(not taken, "output_dir", str(self.folder), rule)
             write_json(plan, file)
-        begun = read_json(file)
+        begun = self.begun()
         for name, value in plan.items():
             if begun.get(name) != value:
+                shown = f" ({shortened(str(begun.get(name)), 40)})" if name != "captions" else ""
                 raise ValueError(
-                    f"output_dir={str(self.folder)!r} was begun with other {name}: "
+                    f"output_dir={str(self.folder)!r} was begun with other {name}{shown}: "
                     "name another folder, or call as before to go on."
                 )
         for shard in range(-(-rows // self.shard_size) if retry_failed else 0):
@@ -249,7 +255,9 @@ def _features() -> dict[str, Any]:
 _IS_IMAGE = json.dumps({"info": {"features": _features()}})
 
 
-def make_plan(rows: pa.Table, ov_dir: Path, call: dict[str, Any], shards: Shards) -> dict[str, Any]:
+def make_plan(
+    rows: pa.Table, ov_dir: Path, settings: dict[str, Any], shards: Shards
+) -> dict[str, Any]:
     """What must stay the same when a run is resumed: rows, model, settings, layout.
 
     The model counts by its files' sizes and records, not by its path: each machine may have a copy.
@@ -265,7 +273,7 @@ def make_plan(rows: pa.Table, ov_dir: Path, call: dict[str, Any], shards: Shards
         "rows": len(rows),
         "captions": _digest(rows.to_pydict()),
         "model": _digest([sizes, records]),
-        "settings": call,
+        **settings,
         "shard_size": shards.shard_size,
         "png": shards.png,
     }

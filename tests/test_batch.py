@@ -3,16 +3,12 @@
 import csv
 import io
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import datasets
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -21,9 +17,9 @@ from PIL import Image
 from ov_pixart import batch
 from ov_pixart.batch import GenerateImages, generate_many
 from ov_pixart.shards import COLUMNS, read_captions
-from tests.support.batch_stub import DIES, FAILS, HOLD, load_stub, wait_for
+from tests.support.batch_stub import FAILS, load_stub
 from tests.support.fake_pipeline import fake_folder
-from tests.support.parity import F32, SMALL
+from tests.support.parity import SMALL
 from tests.support.refused import refused
 
 ROOT = Path(__file__).parents[1]
@@ -197,7 +193,8 @@ def test_nothing_is_loaded_where_nothing_is_left(ov_dir, captions, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        ({"call": {"num_inference_steps": 3}}, "settings"),
+        ({"call": {"num_inference_steps": 3}}, "num_inference_steps (20)"),
+        ({"threads": 64}, "threads"),
         ({"shard_size": 4}, "shard_size"),
         ({"png": True}, "png"),
         ({"captions": True}, "captions"),
@@ -281,7 +278,7 @@ def test_the_command_reports_failed_rows(ov_dir, captions, tmp_path, monkeypatch
     assert "3 rows (1 failed): 3 generated now" in capsys.readouterr().out
     assert seen["call"] == {"num_inference_steps": 3}
     assert batch.main([*arguments, "--steps", "4"]) == 2
-    assert "begun with other settings" in capsys.readouterr().err
+    assert "begun with other num_inference_steps (3)" in capsys.readouterr().err
 
 
 def test_importing_the_module_imports_no_ray():

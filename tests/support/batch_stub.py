@@ -5,6 +5,7 @@
 runs `generate_many` with it in a process of its own. With "nodes", Ray simulates so many machines.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 FAILS = "please fail"
-HOLD = "hold "  # and a path: the process writes its id there, and waits until it is gone
+HOLD = "hold "  # and a path: the process writes its id there, and waits for path.done
 DIES = "please die"
 
 
@@ -41,7 +42,7 @@ class Stub:
 
 
 def wait_at(mark: Path) -> None:
-    """The first to come waits until the mark is gone; then it stays gone for all others."""
+    """Write this process's id to the mark, and wait until a file beside it ends all waiting."""
     done = mark.with_suffix(".done")
     if done.exists():
         return
@@ -65,24 +66,24 @@ def load_stub(folder: str | Path, **options: Any) -> Stub:
 
 
 def main() -> None:
+    # by its name: actors could not import a function of `__main__`
     from ov_pixart.batch import generate_many
+    from ov_pixart.cluster import quick_start
     from tests.support.batch_stub import load_stub
 
     options = {"release_text_encoder": False, "progress": False, "load": load_stub}
     options |= json.loads(sys.argv[1])
-    nodes = options.pop("nodes", 0)
-    if nodes:
-        os.environ["RAY_enable_worker_prestart"] = "0"
-        from ray.cluster_utils import Cluster
+    with contextlib.ExitStack() as stack:
+        if nodes := options.pop("nodes", 0):
+            stack.enter_context(quick_start())
+            from ray.cluster_utils import Cluster
 
-        cluster = Cluster()
-        cluster.add_node(num_cpus=0, include_dashboard=False)
-        for i in range(nodes):
-            node = cluster.add_node(num_cpus=1)
-            raylet = node.all_processes["raylet"][0].process.pid
-            Path(options["output_dir"]).with_suffix(f".node{i}").write_text(str(raylet))
-        options["address"] = cluster.address
-    result = generate_many(**options)
+            cluster = Cluster()
+            cluster.add_node(num_cpus=0, include_dashboard=False)
+            for _ in range(nodes):
+                cluster.add_node(num_cpus=1)
+            options["address"] = cluster.address
+        result = generate_many(**options)
     print(json.dumps({"rows": result.rows, "failed": result.failed, "now": result.generated}))
 
 
