@@ -9,6 +9,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -284,3 +285,18 @@ def test_the_command_reports_failed_rows(ov_dir, captions, tmp_path, monkeypatch
 def test_importing_the_module_imports_no_ray():
     code = "import sys, ov_pixart.batch; sys.exit('ray' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.slow
+def test_ten_thousand_rows_take_no_more_memory_than_two_thousand(ov_dir, captions, tmp_path):
+    """The plumbing, with a stub in place of the model. `pytest -s` shows its throughput."""
+    process = psutil.Process()
+    file = captions(numbered(10_000))
+    (tmp_path / "few.csv").write_text("".join(file.open().readlines()[:2001]))
+    generate_many(tmp_path / "few.csv", tmp_path / "few", ov_dir, **STUB)
+    before = process.memory_info().rss
+    result = generate_many(file, tmp_path / "out", ov_dir, **STUB)
+    grown = (process.memory_info().rss - before) / 1e6
+    print(f"{result.generated / result.seconds:.0f} rows a second, {grown:.0f} MB more")
+    assert grown < 64
+    assert [row["row"] for row in read(tmp_path / "out")] == list(range(10_000))
