@@ -67,6 +67,7 @@ def start(captions: Path, out: Path, ov_dir: Path, **options) -> subprocess.Pope
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        start_new_session=True,  # apart from pytest: Ray ends groups of processes
         text=True,
     )
 
