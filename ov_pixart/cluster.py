@@ -19,6 +19,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default from the next release, else a warning
     "RAY_enable_worker_prestart": "0",  # actors are all that is needed, and starting takes time
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # else a line per actor: whether it can be restarted
 }
 OBJECT_STORE = 200 * 2**20  # bytes: rows without images, which are written where they are made
 _ATTEMPTS = 3
@@ -42,8 +43,8 @@ def ray_session(address: str | None, cpus: int) -> Iterator[ModuleType]:
             raise ModuleNotFoundError(
                 f"several actors need Ray ({error}): pip install ray, or leave `actors` out."
             ) from None
-        for name in ("ray", "ray.data"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for name in ("ray", "ray.data"):  # whole tracebacks of what is handled here
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         ours = not ray.is_initialized()
         try:
             if ours:
@@ -67,7 +68,7 @@ def _connect(ray: ModuleType, address: str | None, cpus: int) -> None:
         options = {"address": address}
     for attempt in range(_ATTEMPTS):
         try:
-            ray.init(**options, logging_level=logging.ERROR, log_to_driver=False)
+            ray.init(**options, logging_level=logging.CRITICAL, log_to_driver=False)
             return
         except Exception as error:  # Ray raises plain Exception where a process does not start
             ray.shutdown()

@@ -209,7 +209,7 @@ class Shards:
     def failed(self, shard: int) -> int:
         """How many rows of a finished shard have an error instead of an image."""
         errors = pa.parquet.read_table(self.file(shard), columns=["error"])["error"]
-        return len(errors) - errors.null_count
+        return sum(map(bool, errors.to_pylist()))
 
     def begun(self) -> dict[str, Any]:
         """The plan that the folder was begun with, `{}` for a new one."""

@@ -130,7 +130,7 @@ def test_numbers_that_numpy_made_of_missing_ones_are_understood(ov_dir):
     columns = {"prompt": np.array(["a", "b"]), "seed": np.array([3, 4])}
     done = generate({**columns, "height": np.array([512.0, np.nan])})
     assert done["height"] == [512, 256]
-    assert done["error"] == [None, None]
+    assert done["error"] == ["", ""]
 
 
 def test_an_image_depends_on_its_own_row_only(converted, ov_dir):
@@ -140,7 +140,7 @@ def test_an_image_depends_on_its_own_row_only(converted, ov_dir):
     generate = GenerateImages(converted("alpha"), threads=1)
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     together = generate(columns)
-    assert together["error"] == [None, None]
+    assert together["error"] == ["", ""]
     assert [generate.generate(row)["image"] for row in rows[::-1]] == together["image"][::-1]
     assert together["image"][0] != together["image"][1]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pyarrow as pa
-import pyarrow.parquet
+import pyarrow.parquet as pq
 import pytest
 
 from ov_pixart.batch import generate_many
@@ -21,7 +22,6 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="kills processes, simulates machines"),
 ]
 ROOT = Path(__file__).parents[1]
-SAME = {"threads": 1, "shard_size": 3}
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def captions(mark) -> Path:
 def read(folder: Path) -> list[dict]:
     """All rows of an output folder, in the order of its shards."""
     files = sorted(folder.glob("images-*.parquet"))
-    return pa.concat_tables(map(pa.parquet.read_table, files)).to_pylist()
+    return pa.concat_tables(map(pq.read_table, files)).to_pylist()
 
 
 def generate_here(captions: Path, out: Path, ov_dir: Path) -> list[dict]:
@@ -58,18 +58,30 @@ def generate_here(captions: Path, out: Path, ov_dir: Path) -> list[dict]:
     return read(out)
 
 
-def start(captions: Path, out: Path, ov_dir: Path, **options) -> subprocess.Popen:
-    """Two actors with the stub, in a process of their own."""
-    paths = {"captions": str(captions), "output_dir": str(out), "ov_dir": str(ov_dir)}
-    options = {**paths, **SAME, "actors": 2, **options}
+def start(*runs: dict) -> subprocess.Popen:
+    """Runs with two actors and the stub, in a process of their own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.support.batch_stub", json.dumps(options)],
+        [sys.executable, "-m", "tests.support.batch_stub", *map(json.dumps, runs)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # apart from pytest: Ray ends groups of processes
         text=True,
     )
+
+
+def reports(run: subprocess.Popen) -> list[dict]:
+    """What came of the runs; an AssertionError where the process failed."""
+    output, errors = run.communicate(timeout=500)
+    assert run.returncode == 0, errors
+    return [
+        json.loads(line) for line in output.splitlines() if line.startswith("{")
+    ]  # Ray prints too
+
+
+def arguments(captions: Path, out: Path, ov_dir: Path, shard_size: int = 3, **others) -> dict:
+    paths = {"captions": str(captions), "output_dir": str(out), "ov_dir": str(ov_dir)}
+    return {**paths, "shard_size": shard_size, **others}
 
 
 def waiting_actor(mark: Path, run: subprocess.Popen) -> psutil.Process:
@@ -83,21 +95,20 @@ def waiting_actor(mark: Path, run: subprocess.Popen) -> psutil.Process:
 
 @pytest.mark.parametrize(("killed", "nodes"), [("actor", 0), ("node", 2)])
 def test_no_row_is_lost_or_doubled(captions, mark, ov_dir, tmp_path, killed, nodes):
-    run = start(captions, tmp_path / "out", ov_dir, nodes=nodes)
+    run = start(arguments(captions, tmp_path / "out", ov_dir, nodes=nodes))
     actor = waiting_actor(mark, run)
     raylet = actor.parent()  # with it, a simulated machine is gone
     os.kill(raylet.pid if killed == "node" else actor.pid, signal.SIGKILL)
     mark.with_suffix(".done").touch()
-    output, errors = run.communicate(timeout=500)
-    assert run.returncode == 0, errors
-    assert json.loads(output.splitlines()[-1]) == {"rows": 24, "failed": 1, "now": 24}
+    (report,) = reports(run)
+    assert (report["rows"], report["failed"], report["generated"]) == (24, 1, 24)
     assert read(tmp_path / "out") == generate_here(captions, tmp_path / "plain", ov_dir)
     assert [row["row"] for row in read(tmp_path / "out")] == list(range(24))
 
 
 def test_a_killed_run_ends_its_actors_and_is_resumed(captions, mark, ov_dir, tmp_path):
     out = tmp_path / "out"
-    run = start(captions, out, ov_dir)
+    run = start(arguments(captions, out, ov_dir))
     actor = waiting_actor(mark, run)
     wait_for(lambda: list(out.glob("images-*.parquet")))  # the other actor's
     run.kill()
@@ -112,12 +123,51 @@ def test_a_killed_run_ends_its_actors_and_is_resumed(captions, mark, ov_dir, tmp
     assert not list(out.rglob(".partial-*"))
 
 
-def test_a_row_that_kills_every_actor_ends_the_run(ov_dir, tmp_path):
-    captions = tmp_path / "captions.jsonl"
+def test_actors_that_cannot_work_end_the_run_and_ten_thousand_rows_do_not(ov_dir, tmp_path):
+    """`pytest -s` shows the throughput of the plumbing."""
+
+    def numbered(count: int) -> Path:
+        file = tmp_path / f"{count}.jsonl"
+        file.write_text("".join(f'{{"prompt": "picture {i}"}}\n' for i in range(count)))
+        return file
+
+    deadly = tmp_path / "deadly.jsonl"
     rows = [{"prompt": DIES if i == 4 else "a picture"} for i in range(9)]
-    captions.write_text("\n".join(map(json.dumps, rows)))
-    run = start(captions, tmp_path / "out", ov_dir)
-    _, errors = run.communicate(timeout=500)
-    assert run.returncode == 1
-    assert "every actor died; one had rows 3 to 5" in errors
-    assert [row["row"] for row in read(tmp_path / "out")] == [0, 1, 2, 6, 7, 8]
+    deadly.write_text("\n".join(map(json.dumps, rows)))
+    out = [tmp_path / f"out-{i}" for i in range(5)]
+    dies, starts_not, too_many, few, many = reports(
+        start(
+            arguments(deadly, out[0], ov_dir),
+            arguments(deadly, out[1], ov_dir, loads_nothing=True),
+            arguments(deadly, out[2], ov_dir, threads=64),
+            arguments(numbered(2000), out[3], ov_dir, shard_size=32),
+            arguments(numbered(10_000), out[4], ov_dir, shard_size=32),
+        )
+    )
+    assert "actors died twice with rows 3 to 5" in dies["error"]
+    assert [row["row"] for row in read(out[0])] == [0, 1, 2, 6, 7, 8]
+    expected = "an actor could not start: FileNotFoundError: no model on this machine"
+    assert starts_not == {"error": expected}
+    assert "threads=64 does not work" in too_many["error"]
+    grown = (many["memory"] - few["memory"]) / 1e6
+    print(f"{10_000 / many['seconds']:.0f} rows a second, {grown:.0f} MB more")
+    assert grown < 64
+    assert [row["row"] for row in read(out[4])] == list(range(10_000))
+
+
+def test_the_pipeline_of_the_documentation_runs(converted, tmp_path):
+    """With the real pipeline; each file of captions is a block, and one of them fails."""
+    document = (ROOT / "docs" / "many-pictures.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(import ray\n.*?)^```", document, re.MULTILINE | re.DOTALL)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "pixart").symlink_to(converted("alpha"))
+    rows = [f"a star,{seed},{height},64,2" for seed, height in enumerate((64, 64, 64, 63))]
+    header = "prompt,seed,height,width,num_inference_steps"
+    (tmp_path / "captions.csv").write_text("\n".join([header, *rows]))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, start_new_session=True)
+    rows = [row for file in (tmp_path / "out").iterdir() for row in pq.read_table(file).to_pylist()]
+    assert sorted(row["seed"] for row in rows) == [0, 1, 2, 3]
+    for row in rows:
+        assert bool(row["image"]) != bool(row["error"]) == (row["height"] == 63)
