@@ -26,12 +26,12 @@ _ATTEMPTS = 3
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, cpus: int) -> Iterator[ModuleType]:
+def ray_session(address: str | None = None, cpus: int | None = None) -> Iterator[ModuleType]:
     """The `ray` module, connected; at the end, disconnected, and what was started here is ended.
 
     `address`: of an existing cluster, as `ray.init` takes it; None starts Ray on this machine with
-    `cpus` processors, reachable from this machine only. Where the caller is connected to Ray
-    already, that connection is used and stays.
+    `cpus` processors (all of them by default), reachable from this machine only. Where the caller
+    is connected to Ray already, that connection is used and stays.
 
     Raises ModuleNotFoundError without Ray, RuntimeError where it cannot start or connect.
     """
@@ -55,7 +55,7 @@ def ray_session(address: str | None, cpus: int) -> Iterator[ModuleType]:
                 ray.shutdown()
 
 
-def _connect(ray: ModuleType, address: str | None, cpus: int) -> None:
+def _connect(ray: ModuleType, address: str | None, cpus: int | None) -> None:
     """Start Ray, or connect to a cluster. A busy machine may be too slow for Ray at first."""
     options = {
         "address": "local",

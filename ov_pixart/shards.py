@@ -176,34 +176,18 @@ class Shards:
     def write(self, rows: list[dict[str, Any]]) -> None:
         """Write the rows of one shard, each with its `image`, bytes of a PNG file, or None."""
         shard = rows[0]["row"] // self.shard_size
-        images = [row["image"] for row in rows]
-        if self.png:
-            names = [f"{_PNG}/{shard:05d}/{row['row']:09d}.png" for row in rows]
-            (self.folder / names[0]).parent.mkdir(parents=True, exist_ok=True)
-            for name, image in zip(names, images, strict=True):
-                if image is not None:
-                    with staged_file(self.folder / name) as partial:
-                        partial.write_bytes(image)
-            files = [n if image else None for n, image in zip(names, images, strict=True)]
-            column = {"file_name": pa.array(files, pa.string())}
-        else:
-            # what the `datasets` library stores for an image: bytes and a name
-            pictures = [image and {"bytes": image, "path": None} for image in images]
-            kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-            column = {"image": pa.array(pictures, kind)}
-        columns = {
-            "row": pa.array([row["row"] for row in rows], pa.int64()),
-            **{
-                name: pa.array([row.get(name) for row in rows], kind)
-                for name, kind in COLUMNS.items()
-            },
-            **column,
-            "error": pa.array([row["error"] for row in rows], pa.string()),
-        }
-        table = pa.table(columns)
-        if not self.png:
-            table = table.replace_schema_metadata({"huggingface": _IS_IMAGE})
+        written = []
+        for row in rows:
+            image, name = row["image"], None
+            if image and self.png:
+                name = f"{_PNG}/{shard:05d}/{row['row']:09d}.png"
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                with staged_file(self.folder / name) as partial:
+                    partial.write_bytes(image)
+            picture = image and {"bytes": image, "path": None}
+            written.append({**row, "image": picture, "file_name": name})
         with staged_file(self.file(shard)) as partial:
+            table = pa.Table.from_pylist(written, schema=_schema(self.png))
             pa.parquet.write_table(table, partial)
 
     def failed(self, shard: int) -> int:
@@ -241,18 +225,14 @@ class Shards:
                 self.file(shard).unlink()
 
 
-def _features() -> dict[str, Any]:
-    """Column types as the `datasets` library writes them; with these it decodes the images."""
-    kinds = {"row": pa.int64(), **COLUMNS, "error": pa.string()}
-    features: dict[str, Any] = {
-        name: {"dtype": {"double": "float64"}.get(str(kind), str(kind)), "_type": "Value"}
-        for name, kind in kinds.items()
-    }
-    error = features.pop("error")
-    return {**features, "image": {"_type": "Image"}, "error": error}
+def _schema(png: bool) -> pa.Schema:
+    """A shard's columns, with what the `datasets` library needs to know to decode images."""
+    import datasets  # takes a second, and only those who write need it
 
-
-_IS_IMAGE = json.dumps({"info": {"features": _features()}})
+    text = datasets.Value("string")
+    settings = datasets.Features.from_arrow_schema(pa.schema({"row": pa.int64(), **COLUMNS}))
+    image = {"file_name": text} if png else {"image": datasets.Image()}
+    return datasets.Features({**settings, **image, "error": text}).arrow_schema
 
 
 def make_plan(
