@@ -116,12 +116,15 @@ def test_a_missing_file_and_another_kind_are_refused(tmp_path):
 
 
 def test_it_works_in_a_data_set_of_the_datasets_library(ov_dir):
-    rows = datasets.Dataset.from_list(numbered(5, label="kept"))
+    """Also where only the last batch has an error: column types come from the first."""
+    rows = [*numbered(4, label="kept"), {"prompt": FAILS, "seed": 1, "label": "kept"}]
     generate = GenerateImages(ov_dir, load=load_stub, release_text_encoder=False)
-    done = rows.map(generate, batched=True, batch_size=2, load_from_cache_file=False)
+    data = datasets.Dataset.from_list(rows)
+    done = data.map(generate, batched=True, batch_size=2, load_from_cache_file=False)
     assert done["label"] == ["kept"] * 5
     assert done["num_inference_steps"] == [20] * 5
-    assert len({image for image in done["image"]}) == 5
+    assert done["error"] == [""] * 4 + ["RuntimeError: the device is on fire"]
+    assert len(set(done["image"][:4])) == 4
     assert Image.open(io.BytesIO(done["image"][0])).size == (16, 16)
 
 

@@ -74,9 +74,8 @@ def reports(run: subprocess.Popen) -> list[dict]:
     """What came of the runs; an AssertionError where the process failed."""
     output, errors = run.communicate(timeout=500)
     assert run.returncode == 0, errors
-    return [
-        json.loads(line) for line in output.splitlines() if line.startswith("{")
-    ]  # Ray prints too
+    lines = [line for line in output.splitlines() if line.startswith("{")]  # Ray prints too
+    return list(map(json.loads, lines))
 
 
 def arguments(captions: Path, out: Path, ov_dir: Path, shard_size: int = 3, **others) -> dict:
@@ -128,33 +127,28 @@ def test_a_killed_run_ends_its_actors_and_is_resumed(captions, marks, ov_dir, tm
 def test_actors_that_cannot_work_end_the_run_and_ten_thousand_rows_do_not(ov_dir, tmp_path):
     """`pytest -s` shows the throughput of the plumbing."""
 
-    def numbered(count: int) -> Path:
-        file = tmp_path / f"{count}.jsonl"
-        file.write_text("".join(f'{{"prompt": "picture {i}"}}\n' for i in range(count)))
-        return file
-
-    deadly = tmp_path / "deadly.jsonl"
+    deadly, many = tmp_path / "deadly.jsonl", tmp_path / "many.jsonl"
     rows = [{"prompt": DIES if i == 4 else "a picture"} for i in range(9)]
     deadly.write_text("\n".join(map(json.dumps, rows)))
-    out = [tmp_path / f"out-{i}" for i in range(5)]
-    dies, starts_not, too_many, few, many = reports(
+    many.write_text("\n".join(f'{{"prompt": "picture {i}"}}' for i in range(10_000)))
+    out = [tmp_path / f"out-{i}" for i in range(4)]
+    dies, starts_not, too_many_threads, plumbing = reports(
         start(
             arguments(deadly, out[0], ov_dir),
             arguments(deadly, out[1], ov_dir, loads_nothing=True),
             arguments(deadly, out[2], ov_dir, threads=64),
-            arguments(numbered(2000), out[3], ov_dir, shard_size=32),
-            arguments(numbered(10_000), out[4], ov_dir, shard_size=32),
+            arguments(many, out[3], ov_dir, shard_size=32),
         )
     )
     assert "actors died twice with rows 3 to 5" in dies["error"]
     assert [row["row"] for row in read(out[0])] == [0, 1, 2, 6, 7, 8]
     expected = "an actor could not start: FileNotFoundError: no model on this machine"
-    assert starts_not == {"error": expected}
-    assert "threads=64 does not work" in too_many["error"]
-    grown = (many["memory"] - few["memory"]) / 1e6
-    print(f"{10_000 / many['seconds']:.0f} rows a second, {grown:.0f} MB more")
+    assert starts_not["error"] == expected
+    assert "threads=64 does not work" in too_many_threads["error"]
+    grown = (plumbing["memory"] - starts_not["memory"]) / 1e6
+    print(f"{10_000 / plumbing['seconds']:.0f} rows a second, {grown:.0f} MB more")
     assert grown < 64
-    assert [row["row"] for row in read(out[4])] == list(range(10_000))
+    assert [row["row"] for row in read(out[3])] == list(range(10_000))
 
 
 def test_the_pipeline_of_the_documentation_runs(converted, tmp_path):

@@ -77,10 +77,10 @@ def report(options: dict[str, Any]) -> dict[str, Any]:
     """What comes of `generate_many`, and this process's memory in bytes after it."""
     load = load_nothing if options.pop("loads_nothing", False) else load_stub
     try:
-        result = generate_many(**{**SAME, **options}, load=load)
+        result = dataclasses.asdict(generate_many(**{**SAME, **options}, load=load))
     except (RuntimeError, ValueError) as error:
-        return {"error": str(error)}
-    return {**dataclasses.asdict(result), "memory": psutil.Process().memory_info().rss}
+        result = {"error": str(error)}
+    return {**result, "memory": psutil.Process().memory_info().rss}
 
 
 def main() -> None:
