@@ -83,10 +83,9 @@ def _read_json(file: Path, column: str | None) -> pa.Table:
 
 
 def _read_parquet(file: Path, column: str | None) -> pa.Table:
-    names = pa.parquet.read_schema(file).names
-    _refuse_misspelt(names)
-    wanted = {*COLUMNS, "caption", column}  # images beside the captions may take gigabytes
-    return pa.parquet.read_table(file, columns=[name for name in names if name in wanted])
+    # images beside the captions may take gigabytes
+    chosen = _choose(pa.parquet.read_schema(file).names, column, str(file))
+    return pa.parquet.read_table(file, columns=list(chosen.values()))
 
 
 def _read_hub(name: str, split: str, column: str | None) -> pa.Table:
@@ -101,9 +100,8 @@ def _read_hub(name: str, split: str, column: str | None) -> pa.Table:
             f"captions={name!r} is no file here and cannot be fetched from Hugging Face: check its "
             f"name and the connection ({reason})."
         ) from error
-    _refuse_misspelt(rows.column_names)
-    wanted = [one for one in rows.column_names if one in {*COLUMNS, "caption", column}]
-    return rows.select_columns(wanted).with_format("arrow")[:]
+    chosen = _choose(rows.column_names, column, name)
+    return rows.select_columns(list(chosen.values())).with_format("arrow")[:]
 
 
 _READERS: dict[str, Callable[[Path, str | None], pa.Table]] = {
@@ -114,38 +112,39 @@ _READERS: dict[str, Callable[[Path, str | None], pa.Table]] = {
 }
 
 
-def _refuse_misspelt(names: list[str]) -> None:
-    """Raise ValueError for a column that would be left out because of a typing error."""
-    for name in names:
+def _choose(names: list[str], column: str | None, source: str) -> dict[str, str]:
+    """The source's column for each of COLUMNS that it has; warns of columns that are left out.
+
+    Raises ValueError where none holds prompts, or one would be left out because of a typing error.
+    """
+    prompts = column or next((name for name in ("prompt", "caption") if name in names), "prompt")
+    rule = f"a column of captions: {source!r} has {', '.join(map(repr, names))}"
+    check(prompts in names, "column", prompts, rule)
+    chosen = {**{name: name for name in COLUMNS if name in names}, "prompt": prompts}
+    left_out = [name for name in names if name not in chosen.values()]
+    for name in left_out:
         meant = nearest_name(name, COLUMNS, 0.8)
-        if name not in COLUMNS and meant and meant not in names:
+        if meant and meant not in names:
             raise ValueError(
                 f"column {name!r} is unknown (nearest: {meant!r}): rename it, or leave it out."
             )
+    if left_out:
+        warnings.warn(f"{source!r}: columns {', '.join(left_out)} are left out.", stacklevel=5)
+    return chosen
 
 
 def _complete(table: pa.Table, column: str | None, source: str) -> pa.Table:
     """Prompts, seeds and what else a row may set, in the types of COLUMNS."""
-    names = table.column_names
-    prompts = column or next((name for name in ("prompt", "caption") if name in names), "prompt")
-    rule = f"a column of captions: {source!r} has {', '.join(map(repr, names))}"
-    check(prompts in names, "column", prompts, rule)
-    _refuse_misspelt([name for name in names if name != prompts])
-    left_out = [name for name in names if name not in COLUMNS and name != prompts]
-    if left_out:
-        warnings.warn(f"{source!r}: columns {', '.join(left_out)} are left out.", stacklevel=4)
+    chosen = _choose(table.column_names, column, source)
     count = pa.array(range(len(table)), pa.int64())
-    columns: dict[str, Any] = {"row": count}
-    for name, kind in COLUMNS.items():
-        given = prompts if name == "prompt" else name
-        if given in names:
-            try:
-                columns[name] = table[given].cast(kind).combine_chunks()
-            except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-                reason = shortened(str(error), 120)
-                raise ValueError(f"column {given!r} has to be of {kind}: {reason}") from None
-        elif name == "seed":
-            columns[name] = count
+    columns: dict[str, Any] = {"row": count, "prompt": None, "seed": count}
+    for name in (name for name in COLUMNS if name in chosen):
+        try:
+            columns[name] = table[chosen[name]].cast(COLUMNS[name]).combine_chunks()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            reason = shortened(str(error), 120)
+            rule = f"column {chosen[name]!r} has to be of {COLUMNS[name]}"
+            raise ValueError(f"{rule}: {reason}") from None
     columns["seed"] = pa.compute.coalesce(columns["seed"], count)
     return pa.table(columns)
 
