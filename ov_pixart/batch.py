@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,18 +277,20 @@ def _on_ray(
             blocks = ray.data.from_arrow(rest)  # a block is a shard
             blocks.context.max_errored_blocks = -1
             blocks.context.enable_progress_bars = blocks.context.print_on_execution_start = False
-            finished = blocks.map_batches(
-                WriteShards,
-                fn_constructor_args=(shards, ov_dir),
-                fn_constructor_kwargs=options,
-                compute=ray.data.ActorPoolStrategy(
-                    size=min(actors, len(rest)), max_tasks_in_flight_per_actor=1
-                ),
-                num_cpus=threads,
-                ray_remote_args_fn=lambda: {"max_task_retries": 0},
-                batch_size=None,
-                batch_format="pyarrow",
-            )
+            with warnings.catch_warnings():  # that this will have another name in Ray 2.64
+                warnings.filterwarnings("ignore", message=".*ray_remote_args")
+                finished = blocks.map_batches(
+                    WriteShards,
+                    fn_constructor_args=(shards, ov_dir),
+                    fn_constructor_kwargs=options,
+                    compute=ray.data.ActorPoolStrategy(
+                        size=min(actors, len(rest)), max_tasks_in_flight_per_actor=1
+                    ),
+                    num_cpus=threads,
+                    max_task_retries=0,
+                    batch_size=None,
+                    batch_format="pyarrow",
+                )
             try:
                 yield from finished.iter_rows()
             except ray.exceptions.RayError as error:  # Ray tries again, except for the start

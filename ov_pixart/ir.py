@@ -136,26 +136,27 @@ def stored_runtime_options(model: ov.Model) -> dict[str, str]:
 def compile_config(model: ov.Model, user: dict[str, Any]) -> dict[str, Any]:
     """OpenVINO's properties for a model: defaults, stored options, then the user's `ov_config`.
 
-    With one thread, T5 runs in f32: in bf16, OpenVINO 2026.4 ends the process with a division by
-    zero (its issue 28550: a fused gated MLP is split between pairs of threads).
+    In bf16 and with one thread, OpenVINO 2026.4 divides by zero where it compiles T5, and the
+    process ends (its issue 28550: a fused MLP is split between pairs of threads). So T5 has two
+    threads at least; where there is one processor, or one for each stream, it runs in f32.
     """
-    config = {"PERFORMANCE_HINT": "LATENCY", **stored_runtime_options(model), **user}
+    given = {"PERFORMANCE_HINT": "LATENCY", **stored_runtime_options(model), **user}
+    config = {str(name() if callable(name) else name): value for name, value in given.items()}
     is_t5 = "input_ids" in {name for port in model.inputs for name in port.get_names()}
     if is_t5 and _threads_on_cpu(config) == 1:
-        config["INFERENCE_PRECISION_HINT"] = "f32"
+        two = {**config, "INFERENCE_NUM_THREADS": 2}
+        in_f32 = {**config, "INFERENCE_PRECISION_HINT": "f32"}
+        return two if _threads_on_cpu(two) == 2 else in_f32
     return config
 
 
 def _threads_on_cpu(config: dict[str, Any]) -> int:
     """How many threads OpenVINO would give each inference of a model on the CPU."""
-    named = {str(key() if callable(key) else key): value for key, value in config.items()}
-    asked = {name: value for name, value in named.items() if name in _THREAD_SETTINGS}
+    names = ("PERFORMANCE_HINT", "INFERENCE_NUM_THREADS", "NUM_STREAMS")
+    asked = {name: config[name] for name in names if name in config}
     compiled = ov.Core().compile_model(_smallest_model(), "CPU", asked)
-    threads, streams = map(compiled.get_property, ("INFERENCE_NUM_THREADS", "NUM_STREAMS"))
+    threads, streams = map(compiled.get_property, names[1:])
     return max(1, threads // max(1, streams))
-
-
-_THREAD_SETTINGS = ("PERFORMANCE_HINT", "INFERENCE_NUM_THREADS", "NUM_STREAMS")
 
 
 # ---- devices and settings -----------------------------------------------------------------------
