@@ -3,9 +3,8 @@
     python -m pixart_tiny.many_pictures models/pixart-tiny                 # 60 captions, 3 rounds
     python -m pixart_tiny.many_pictures models/pixart --count 20 --steps 4 --versions 2
 
-Rounds alternate between the three. The pace leaves out Ray's start and the model's loading: it
-counts what is finished after the first quarter. Memory is the most that all processes held at a
-time; on Linux, pages that several of them share count once (proportional set size).
+Rounds alternate between the three. The pace counts what is finished after the first quarter. Memory
+is the most that all processes held at a time; on Linux, pages that they share count once.
 """
 
 import argparse
@@ -27,8 +26,7 @@ SHARD_SIZE = 5  # rows: the time of a file is when they were finished
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a table; other options go to the command as they are."""
-    parser = argparse.ArgumentParser("python -m pixart_tiny.many_pictures", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m pixart_tiny.many_pictures", usage=__doc__)
     parser.add_argument("ov_dir", help="folder of the converted pipeline")
     parser.add_argument("--count", type=int, default=60, help="captions, from 15")
     parser.add_argument("--rounds", type=int, default=3)
@@ -71,15 +69,12 @@ def run(ov_dir: str, actors: int, count: int, others: list[str]) -> tuple[float,
 
 def memory_gb(pid: int) -> float:
     """Memory that a process and all its descendants hold now, in 10⁹ bytes."""
-    total = 0
     try:
         parent = psutil.Process(pid)
-        for process in (parent, *parent.children(recursive=True)):
-            memory = process.memory_full_info()
-            total += getattr(memory, "pss", memory.rss)
+        held = [one.memory_full_info() for one in (parent, *parent.children(recursive=True))]
     except psutil.NoSuchProcess:  # one has just ended; the next look counts the others
         return 0.0
-    return total / 1e9
+    return sum(getattr(memory, "pss", memory.rss) for memory in held) / 1e9
 
 
 if __name__ == "__main__":
