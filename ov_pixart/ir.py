@@ -134,8 +134,29 @@ def stored_runtime_options(model: ov.Model) -> dict[str, str]:
 
 
 def compile_config(model: ov.Model, user: dict[str, Any]) -> dict[str, Any]:
-    """OpenVINO's properties for a model: defaults, stored options, then the user's `ov_config`."""
-    return {"PERFORMANCE_HINT": "LATENCY", **stored_runtime_options(model), **user}
+    """OpenVINO's properties for a model: defaults, stored options, then the user's `ov_config`.
+
+    In bf16 and with one thread, OpenVINO 2026.4 divides by zero where it compiles T5, and the
+    process ends (its issue 28550: a fused MLP is split between pairs of threads). So T5 has two
+    threads at least; where there is one processor, or one for each stream, it runs in f32.
+    """
+    given = {"PERFORMANCE_HINT": "LATENCY", **stored_runtime_options(model), **user}
+    config = {str(name() if callable(name) else name): value for name, value in given.items()}
+    is_t5 = "input_ids" in {name for port in model.inputs for name in port.get_names()}
+    if is_t5 and _threads_on_cpu(config) == 1:
+        two = {**config, "INFERENCE_NUM_THREADS": 2}
+        in_f32 = {**config, "INFERENCE_PRECISION_HINT": "f32"}
+        return two if _threads_on_cpu(two) == 2 else in_f32
+    return config
+
+
+def _threads_on_cpu(config: dict[str, Any]) -> int:
+    """How many threads OpenVINO would give each inference of a model on the CPU."""
+    names = ("PERFORMANCE_HINT", "INFERENCE_NUM_THREADS", "NUM_STREAMS")
+    asked = {name: config[name] for name in names if name in config}
+    compiled = ov.Core().compile_model(_smallest_model(), "CPU", asked)
+    threads, streams = map(compiled.get_property, names[1:])
+    return max(1, threads // max(1, streams))
 
 
 # ---- devices and settings -----------------------------------------------------------------------
@@ -169,6 +190,12 @@ def check_device(device: str) -> None:
 _CORE_SETTINGS = {"CACHE_DIR", "CACHE_MODE", "ENABLE_MMAP"}  # of OpenVINO itself, on any device
 
 
+def _smallest_model() -> ov.Model:
+    """A model of one operation: shows what OpenVINO makes of its settings."""
+    number = opset15.parameter([1], np.float32)
+    return ov.Model([opset15.relu(number)], [number], "probe")
+
+
 def check_ov_config(ov_config: dict[str, Any] | None, device: str) -> None:
     """Raise ValueError for a setting that OpenVINO does not know, or not with this value.
 
@@ -177,8 +204,7 @@ def check_ov_config(ov_config: dict[str, Any] | None, device: str) -> None:
     """
     fits = ov_config is None or isinstance(ov_config, dict)
     check(fits, "ov_config", ov_config, "a dictionary of OpenVINO's settings, or None")
-    core, number = ov.Core(), opset15.parameter([1], np.float32)
-    probe = ov.Model([opset15.relu(number)], [number], "probe")
+    core, probe = ov.Core(), _smallest_model()
     devices = {name.split(".")[0] for name in core.available_devices} | {"AUTO", "HETERO"}
     known = {key for name in devices for key in core.get_property(name, "SUPPORTED_PROPERTIES")}
     known |= _CORE_SETTINGS

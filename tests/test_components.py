@@ -1,16 +1,23 @@
 """Components in diffusers' places: prompts are encoded once, padding left out, tiles blended."""
 
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import diffusers
 import numpy as np
+import openvino
 import pytest
 import torch
 from optimum.intel.openvino import OVPipelineForText2Image
 
 import ov_pixart_helper as helper
 from ov_pixart import components
+from ov_pixart.ir import compile_config, read_ir
 from tests.support.parity import F32, SMALL, assert_same, generate, load_exact
+
+ROOT = Path(__file__).parents[1]
 
 # ---- prompts are encoded once -------------------------------------------------------------------
 
@@ -277,3 +284,25 @@ def test_each_component_has_its_own_options_and_the_users_win(fresh_pipeline):
     assert helper.stored_runtime_options(model) == {"INFERENCE_PRECISION_HINT": "bf16"}
     with pytest.raises(ValueError, match="NUM_STREAMS='1' cannot be stored"):
         helper.store_runtime_options(model, NUM_STREAMS="1")
+
+
+@pytest.mark.parametrize("options", [{"INFERENCE_NUM_THREADS": 1}, {"NUM_STREAMS": 2}])
+def test_one_thread_does_not_end_the_process(options, converted):
+    """With bf16 on processors with AMX, OpenVINO divides by zero where it compiles T5."""
+    code = (
+        "import sys, openvino; from ov_pixart.ir import compile_config, read_ir\n"
+        f"model = read_ir(sys.argv[1]); config = compile_config(model, {options})\n"
+        "openvino.Core().compile_model(model, 'CPU', config)"
+    )
+    command = [sys.executable, "-c", code, str(converted("alpha") / "text_encoder")]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def test_t5_has_two_threads_or_runs_in_f32(converted):
+    t5, dit = (read_ir(converted("alpha") / name) for name in ("text_encoder", "transformer"))
+    threads, hint = "INFERENCE_NUM_THREADS", "INFERENCE_PRECISION_HINT"
+    for name in (threads, openvino.properties.inference_num_threads):
+        config = compile_config(t5, {name: 1})
+        assert config[threads] == 2 or config[hint] == "f32"  # the latter with one processor
+    assert compile_config(t5, {"NUM_STREAMS": 2, threads: 2, hint: "bf16"})[hint] == "f32"
+    assert compile_config(dit, {threads: 1})[threads] == 1
