@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from benchmarks.cases import VARIANTS
 from ov_pixart.checks import read_json
 from ov_pixart.plots import COLOURS, add_bars, finished
 
@@ -37,16 +38,9 @@ _OF_ENGINES = {  # first part of an engine's name → colour
     "published": COLOURS["rest"],
 }
 
-# Each engine is compared with these, where they were measured, too.
-BASELINES = (
-    "ov-fp16",
-    "ov-int8",
-    "torch-fp32",
-    "torch-bf16",
-    "torch-compile-bf16",
-    "torch-compile-bf16-small-decoder",
-    "published-recipe",
-)
+# Each engine is compared with these, where they were measured, too; variants also with the others.
+BASELINES = ("ov-fp16", "torch-fp32", "torch-bf16", "torch-compile-bf16", "published-recipe")
+_OF_VARIANTS = ("ov-int8", "torch-compile-bf16-small-decoder")
 # Upper bounds of ratios, on a machine with VNNI and AVX-512 BF16.
 TARGETS = {
     "ov-int8/ov-fp16@dit_step_512": 0.60,
@@ -68,7 +62,7 @@ def ratios(results: Iterable[dict[str, Any]]) -> dict[str, float]:
     seconds = {(result["case"], result["engine"]): result["seconds"] for result in results}
     found = {}
     for (case, engine), value in seconds.items():
-        for baseline in BASELINES:
+        for baseline in BASELINES + _OF_VARIANTS * (engine in VARIANTS):
             other = seconds.get((case, baseline))
             if other and baseline != engine and engine.startswith("ov-"):
                 found[f"{engine}/{baseline}@{case}"] = round(value / other, 4)
