@@ -82,8 +82,8 @@ _CROSS_ATTENTION = (r"\.attn2\.",)
 
 # SmoothQuant moves part of the range of large activation channels into the weights. Large DiTs have
 # such channels; PixArt-tiny has none, its twins (pixart_tiny/twins.py) have. A strength of 0.8 is
-# 1 dB better for PixArt-tiny; but a trial short enough for a large DiT does not show that: it chose
-# 0.5 for PixArt-tiny and for every twin.
+# 1 dB better for PixArt-tiny; but a trial short enough for a large DiT does not show that: with the
+# default number of samples it chose 0.5 for PixArt-tiny and for every twin.
 _SMOOTHING = {
     "no SmoothQuant": {},
     "SmoothQuant 0.5": {"smooth_quant": 0.5},
