@@ -74,6 +74,7 @@ def optimize_component(
     if recipe.needs_data or (data.prompts and not is_large(source / name)):
         samples, held_out = hold_out(data.samples(name, progress=progress))
         judge = Judge(read_ir(source / name), held_out)
+        release_memory()  # the source was compiled in 32 bits
     total = len(samples) if recipe.needs_data else 0
     with (
         progress_bar(f"Calibrating {name}", total, "sample", progress) as bar,
