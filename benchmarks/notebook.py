@@ -20,9 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
-
 from benchmarks.stored import store
+from ov_pixart.memory import memory_gb
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = "pixart.ipynb"
@@ -126,20 +125,3 @@ def _join_full_size(model: str) -> Path:
     texts, images = (checkpoints.checkpoint_folder(root, name) for name in (T5_XXL, XL_512))
     folder = root / "notebook" / f"PixArt-XL-512-{model}"
     return checkpoints.join(folder, texts, images, ("transformer", "vae"), SCHEDULERS[model])
-
-
-def memory_gb(pid: int) -> float:
-    """Memory that a process and all its descendants hold now, in 10⁹ bytes."""
-    total = 0
-    try:
-        parent = psutil.Process(pid)
-        family = [parent, *parent.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return 0.0
-    for member in family:
-        try:
-            memory = member.memory_full_info()
-        except psutil.Error:  # has just ended, or belongs to another user
-            continue
-        total += getattr(memory, "pss", memory.rss)
-    return total / 1e9

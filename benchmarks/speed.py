@@ -175,10 +175,14 @@ class SpeedBench:
             def arguments(engine: str) -> list[plan.Variant]:
                 return [plan.variant(engine)] if case.kind == "image" else []
 
-            for engine in engines:  # a variant's replaces that of its engine, which costs little
-                base = plan.variant(engine).engine
-                folder = self._folder(case, base)
-                attempt(engine, "loading", Runner, case, base, folder, self.scale)
+            loaded = set()
+            for engine in engines:
+                process = plan.variant(engine).engine
+                if process not in loaded:
+                    folder = self._folder(case, process)
+                    attempt(engine, "loading", Runner, case, process, folder, self.scale)
+                if engine in runs:
+                    loaded.add(process)
             for engine in list(runs):
                 attempt(engine, "warming up", "warm_up", *arguments(engine))
             for turn in range(turns):

@@ -36,6 +36,21 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
+def memory_gb(pid: int) -> float:
+    """Memory that a process and all its descendants hold now, in 10⁹ bytes.
+
+    On Linux, pages that they share count once. What ends meanwhile counts as nothing.
+    """
+    total = 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):  # has just ended, or is another user's
+                memory = process.memory_full_info()
+                total += getattr(memory, "pss", memory.rss)
+    return total / 1e9
+
+
 def group_by_memory(needs: dict[str, float], limit: float) -> list[list[str]]:
     """Group labels, in their order, so that each group's needs stay within `limit`.
 

@@ -12,7 +12,7 @@ from optimum.intel.openvino.modeling_diffusion import (
     OVPipelinePart,
 )
 
-from ov_pixart.checks import check
+from ov_pixart.checks import check, check_names
 from ov_pixart.ir import IR_NAME, static_length
 
 _READY = (torch.nn.Module, OVPipelinePart, OVModelVae)
@@ -80,8 +80,13 @@ class PartialPipeline(OVDiffusionPipeline):
         return length if length == -1 else length * self.vae_scale_factor
 
     def encode_prompt(self, *args, **kwargs):
-        """As in diffusers. Raises ValueError for text that there is no text encoder for."""
+        """As in diffusers.
+
+        Raises ValueError for text that there is no text encoder for, TypeError for a misspelt
+        argument.
+        """
         signature = inspect.signature(self.auto_model_class.encode_prompt)
+        check_names("encode_prompt", kwargs, [*signature.parameters, "mask_feature"])
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
         needed = ["prompt_embeds"]
@@ -113,12 +118,3 @@ class PartialPipeline(OVDiffusionPipeline):
                     f"pipeline.{name} is in {network.dtype}, and the others pass float32: assign "
                     f"{name}.float()."
                 )
-
-    def check_saveable(self) -> None:
-        """Raise ValueError where a network is missing, or a torch module, which is no IR."""
-        rule = "an OpenVINO component, to be saved"
-        for name in _NETWORKS:
-            network = getattr(self, name)
-            is_optional = name == "text_encoder" and network is None
-            fits = is_optional or isinstance(network, OVPipelinePart | OVModelVae)
-            check(fits, name, type(network).__name__, rule)

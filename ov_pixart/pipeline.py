@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import openvino as ov
 import torch
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline
@@ -18,8 +17,6 @@ from optimum.intel.openvino.modeling_diffusion import OVDiffusionPipeline
 
 from ov_pixart.call_checks import CallLimits, complete_call, warn_of_cut_prompts
 from ov_pixart.checkpoint import (
-    COMPONENT_FILES,
-    COMPONENTS,
     MODEL_INDEX,
     check_openvino_folder,
     check_sizes,
@@ -27,7 +24,7 @@ from ov_pixart.checkpoint import (
     is_openvino_folder,
     read_model_index,
 )
-from ov_pixart.checks import check, check_names, plain, read_json
+from ov_pixart.checks import check_names, plain
 from ov_pixart.components import OVPixArtTextEncoder, OVPixArtTransformer, OVPixArtVae
 from ov_pixart.convert import convert_pipeline
 from ov_pixart.families import ALPHA, SIGMA, Family, find_family
@@ -43,13 +40,12 @@ from ov_pixart.ir import (
 from ov_pixart.load_options import split_options
 from ov_pixart.partial import PartialPipeline, pop_ready_networks, stand_in_transformer
 from ov_pixart.quiet import without_log_message
-from ov_pixart.sources import VAE_ENCODER
+from ov_pixart.saving import SavedPipeline
 from ov_pixart.static_shapes import StaticShapes
-from ov_pixart.storage import write_json
 from ov_pixart.upstream import dispatch_loading, hide_length_warning
 
 
-class OVPixArtPipeline(StaticShapes, FamiliarInterface, PartialPipeline):
+class OVPixArtPipeline(StaticShapes, FamiliarInterface, PartialPipeline, SavedPipeline):
     """What α and Σ share: optimum's pipeline with PixArt's transformer, shapes and checks."""
 
     family: Family
@@ -210,51 +206,6 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, PartialPipeline):
         """Compile straight from disk (`compile_only=True`), stored options included."""
         config = compile_config(read_ir(model), ov_config or {})
         return OVDiffusionPipeline._compile_model(model, device, config, model_save_dir)
-
-    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs):
-        """Write the pipeline to a folder, `model_index.json` last.
-
-        Raises ValueError where `save_directory` is a file, or the pipeline's own folder.
-        """
-        folder = Path(save_directory)
-        if folder.is_file():
-            raise ValueError(f"save_directory={str(folder)!r} is a file: name a folder.")
-        if folder.resolve() == Path(self.model_save_dir).resolve():
-            raise ValueError(
-                f"save_directory={str(folder)!r} is where this pipeline reads its weights from: "
-                "choose another folder."
-            )
-        self.check_saveable()
-        classes = {
-            "scheduler": ["diffusers", type(self.scheduler).__name__],
-            "tokenizer": ["transformers", type(self.tokenizer).__name__],
-            "text_encoder": ["transformers", "T5EncoderModel"],
-        }
-        rule = "of a class that diffusers has, or it could not be loaded again"
-        check(hasattr(diffusers, classes["scheduler"][1]), "scheduler", self.scheduler, rule)
-        folder.mkdir(parents=True, exist_ok=True)
-        parts = (*COMPONENTS, VAE_ENCODER)
-        for name in (
-            MODEL_INDEX,
-            *(f"{part}/{file}" for part in parts for file in COMPONENT_FILES),
-        ):
-            # of an earlier pipeline; written into, a hard link would change other folders too
-            (folder / name).unlink(missing_ok=True)
-        self._save_pretrained(folder)
-        # optimum copies configurations and index from the own folder; components may be swapped
-        for name, component in self.components.items():
-            write_json(dict(component.config), folder / name / "config.json")
-        index = read_json(Path(self.model_save_dir) / MODEL_INDEX)
-        for name, found in classes.items():
-            index[name] = [None, None] if getattr(self, name) is None else found
-        write_json(index, folder / MODEL_INDEX)
-        if push_to_hub:
-            return self.push_to_hub(folder, **kwargs)
-
-    def __getstate__(self):
-        raise TypeError(
-            "An OpenVINO pipeline can be neither copied nor pickled: load its folder once more."
-        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -16,8 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import psutil
-
+from ov_pixart_helper import memory_gb
 from pixart_tiny import evaluate
 
 VERSIONS = {"plain loop": 0, "one actor": 1, "two actors": 2}
@@ -65,16 +64,6 @@ def run(ov_dir: str, actors: int, count: int, others: list[str]) -> tuple[float,
     first = len(ends) // 4
     pace = 60 * SHARD_SIZE * (len(ends) - 1 - first) / (ends[-1] - ends[first])
     return pace, ends[0] - start - 60 * SHARD_SIZE / pace, memory
-
-
-def memory_gb(pid: int) -> float:
-    """Memory that a process and all its descendants hold now, in 10⁹ bytes."""
-    try:
-        parent = psutil.Process(pid)
-        held = [one.memory_full_info() for one in (parent, *parent.children(recursive=True))]
-    except psutil.NoSuchProcess:  # one has just ended; the next look counts the others
-        return 0.0
-    return sum(getattr(memory, "pss", memory.rss) for memory in held) / 1e9
 
 
 if __name__ == "__main__":

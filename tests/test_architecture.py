@@ -22,7 +22,8 @@ ALLOWED = {
     "guidance": "call_checks",
     "partial": "ir checks",
     "pipeline": "components guidance partial call_checks interface load_options static_shapes "
-    "convert sources checkpoint hub ir storage upstream families checks quiet",
+    "saving convert checkpoint hub ir upstream families checks quiet",
+    "saving": "sources checkpoint storage checks",
     "loading": "pipeline guidance checkpoint sources checks quiet",
     "calibration": "pipeline loading checkpoint storage ir memory checks quiet",
     "optimize": "presets quantize summary calibration checkpoint storage memory ir cost checks",

@@ -1,4 +1,4 @@
-"""Images from OpenVINO against images from torch; loading, saving, static shapes and devices."""
+"""Images from OpenVINO against images from torch; loading, static shapes and devices."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -13,13 +13,12 @@ from optimum.intel.openvino import OVDiffusionPipeline, OVPipelineForText2Image
 import ov_pixart_helper as helper
 from ov_pixart.ir import read_ir, save_ir
 from ov_pixart.trace import trace_vae_decoder, trace_vae_encoder
-from tests.support.checkpoints import build_checkpoint, build_vae
+from tests.support.checkpoints import build_vae
 from tests.support.parity import (
     F32,
     SMALL,
     assert_same,
     generate,
-    load_exact,
     noise_inputs,
     torch_noise,
 )
@@ -195,68 +194,6 @@ def test_a_torch_folder_is_converted_on_the_way(entrance, checkpoint, ov_pipelin
     assert not list(checkpoint("alpha").rglob("*.xml"))  # nothing is written beside the checkpoint
 
 
-def test_saved_and_loaded_it_generates_the_same(fresh_pipeline, tmp_path):
-    pipeline = fresh_pipeline("sigma")
-    helper.store_runtime_options(pipeline.vae_decoder.model, DYNAMIC_QUANTIZATION_GROUP_SIZE=64)
-    pipeline.save_pretrained(tmp_path)
-    again = helper.OVPixArtSigmaPipeline.from_pretrained(tmp_path, ov_config=F32)
-    assert_same(generate(again), generate(pipeline), 1e-6)
-    assert again.vae_decoder.ov_config["DYNAMIC_QUANTIZATION_GROUP_SIZE"] == "64"
-
-
-def test_a_swapped_scheduler_comes_back(fresh_pipeline, tmp_path):
-    pipeline = fresh_pipeline("alpha", compile=False)
-    pipeline.scheduler = diffusers.LCMScheduler.from_config(pipeline.scheduler.config)
-    pipeline.save_pretrained(tmp_path / "swapped")
-    given = fresh_pipeline("alpha", compile=False, scheduler=diffusers.DDIMScheduler())
-    given.save_pretrained(tmp_path / "given")
-    for name, expected in (("swapped", "LCMScheduler"), ("given", "DDIMScheduler")):
-        again = OVDiffusionPipeline.from_pretrained(tmp_path / name, compile=False)
-        assert type(again.scheduler).__name__ == expected
-    assert helper.default_settings(tmp_path / "swapped").num_inference_steps == 4
-
-
-def test_swapped_components_come_back(fresh_pipeline, checkpoint, tmp_path):
-    """With their configurations: the DiT of 1024-MS needs its own."""
-    source = build_checkpoint(tmp_path / "source", "alpha-ms", seed=1)
-    other = load_exact(helper.convert_pipeline(source, tmp_path / "other", weight_format="fp32"))
-    pipeline = fresh_pipeline("alpha")
-    for name in ("transformer", "text_encoder", "vae"):
-        setattr(pipeline, name, getattr(other, name))
-    pipeline.save_pretrained(tmp_path / "saved")
-    shutil.rmtree(tmp_path / "other")
-    again = load_exact(tmp_path / "saved")
-    assert again.transformer.config.sample_size == 128
-    assert_same(generate(again), generate(other), 1e-6)
-
-
-def test_a_scheduler_that_could_not_be_loaded_again_is_not_saved(fresh_pipeline, tmp_path):
-    class MyScheduler(diffusers.DDIMScheduler):
-        pass
-
-    pipeline = fresh_pipeline("alpha", compile=False, scheduler=MyScheduler())
-    with refused(ValueError, "scheduler=MyScheduler", "a class that diffusers has"):
-        pipeline.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("shape", [(1, 64, 64, 1), (-1, 64, 80, -1)])
-def test_static_shapes_come_back(shape, fresh_pipeline, tmp_path):
-    pipeline = fresh_pipeline("alpha", compile=False).reshape(*shape)
-    pipeline.save_pretrained(tmp_path)
-    again = load_exact(tmp_path, compile=False)
-    assert again.is_dynamic == pipeline.is_dynamic == (-1 in shape)
-    for name, model in pipeline.ov_models.items():
-        for port, other in zip(model.inputs, again.ov_models[name].inputs, strict=True):
-            assert port.get_partial_shape() == other.get_partial_shape()
-    if -1 not in shape:
-        with refused(ValueError, "height=128", "64"):
-            generate(again, height=128)
-        assert OVDiffusionPipeline.from_pretrained(tmp_path, compile_only=True).height == 64
-    free = load_exact(tmp_path, compile=False, dynamic_shapes=True)
-    assert (free.batch_size, free.height, free.width) == (-1, -1, -1)
-
-
 def test_load_pipeline_names_unknown_options(checkpoint, converted):
     for folder in (checkpoint("alpha"), converted("alpha")):
         with refused(TypeError, "no argument 'devise'"):
@@ -270,11 +207,6 @@ def test_load_pipeline_takes_torch_and_openvino_folders(checkpoint, converted, o
         assert_same(images[-1], generate(ov_pipeline("alpha")))
     with refused(ValueError, "device=", "'CPU'"):
         helper.load_pipeline(converted("alpha"), device="XPU")
-
-
-def test_a_pipeline_is_not_saved_over_its_own_weights(ov_pipeline, converted):
-    with pytest.raises(ValueError, match=r"save_directory=.*choose another"):
-        ov_pipeline("alpha").save_pretrained(converted("alpha"))
 
 
 @pytest.mark.slow
