@@ -40,7 +40,7 @@ with quiet_imports():  # missing torchvision and the like
     from ov_pixart.plots import show_images, weight_grid_figure, word_maps_figure
 
     # Tools
-    from ov_pixart.checks import named_folders, public, read_json
+    from ov_pixart.checks import check_names, named_folders, public, read_json
     from ov_pixart.ir import IR_NAME, STORED_OPTIONS, store_runtime_options, stored_runtime_options
     from ov_pixart.memory import memory_gb, release_memory
     from ov_pixart.storage import write_json

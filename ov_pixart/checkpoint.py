@@ -191,7 +191,9 @@ COMPONENT_FILES = {IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json", *REC
 OUTPUT_FOLDERS = (*COMPONENTS, "tokenizer", "scheduler")
 
 
-def check_replaceable(output_dir: Path, names: Iterable[str] = OUTPUT_FOLDERS) -> None:
+def check_replaceable(
+    output_dir: Path, names: Iterable[str] = OUTPUT_FOLDERS, argument: str = "output_dir"
+) -> None:
     """Raise ValueError where a folder that will be replaced as a whole holds other files.
 
     Files of tokenizer and scheduler have many names: these two are replaced only in the output of
@@ -204,7 +206,7 @@ def check_replaceable(output_dir: Path, names: Iterable[str] = OUTPUT_FOLDERS) -
         others = found - COMPONENT_FILES if name in COMPONENTS else set() if ours else found
         if others:
             raise ValueError(
-                f"output_dir={str(output_dir)!r} holds other files ({name}/{min(others)}): "
+                f"{argument}={str(output_dir)!r} holds other files ({name}/{min(others)}): "
                 "name a new folder."
             )
 

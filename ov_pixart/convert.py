@@ -260,6 +260,8 @@ def convert_pipeline(
         output_dir, {checkpoint, *folders.values(), *(place for place, _ in loras)}, COMPONENTS
     )
 
+    if loras:  # first, what may turn out not to fit
+        sources = {"transformer": sources["transformer"], **sources}
     conversion = _Conversion(sources, loras, output_dir, formats)
     conversion.check_room(force)
     with locked(output_dir):

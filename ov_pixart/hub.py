@@ -70,6 +70,20 @@ def fetch_lora_folder(lora: str | Path, hub: HubOptions) -> Path:
     return _fetch("lora", lora, hub, ["*adapter_model.safetensors", "*lora*.safetensors"])
 
 
+def check_place(argument: str, given: str | Path) -> None:
+    """Raise ValueError or FileNotFoundError for what is no folder and cannot be an id."""
+    is_name = isinstance(given, str | Path) and bool(str(given))
+    check(is_name, argument, given, "a folder or a Hugging Face id")
+    if Path(given).is_file():
+        raise ValueError(f"{argument}={str(given)!r} is a file: name the folder that holds it.")
+    is_id = isinstance(given, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given)
+    if not is_id and not Path(given).is_dir():
+        raise FileNotFoundError(
+            f"{argument}={str(given)!r} is neither a folder here nor a Hugging Face id: "
+            "check the path, or use an id such as 'PixArt-alpha/PixArt-XL-2-512x512'."
+        )
+
+
 def _fetch(
     argument: str,
     given: str | Path,
@@ -77,17 +91,9 @@ def _fetch(
     weights: list[str],
     revision: str | None = None,
 ) -> Path:
-    is_name = isinstance(given, str | Path) and bool(str(given))
-    check(is_name, argument, given, "a folder or a Hugging Face id")
+    check_place(argument, given)
     if Path(given).is_dir():
         return Path(given)
-    if Path(given).is_file():
-        raise ValueError(f"{argument}={str(given)!r} is a file: name the folder that holds it.")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(given)) or isinstance(given, Path):
-        raise FileNotFoundError(
-            f"{argument}={str(given)!r} is neither a folder here nor a Hugging Face id: "
-            "check the path, or use an id such as 'PixArt-alpha/PixArt-XL-2-512x512'."
-        )
     try:
         folder = snapshot_download(
             str(given),

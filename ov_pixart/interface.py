@@ -49,6 +49,12 @@ class FamiliarInterface:
 
     enable_sequential_cpu_offload = enable_group_offload = enable_model_cpu_offload
 
+    def load_lora_weights(self, *args, **kwargs) -> None:
+        raise ValueError(
+            "A converted model takes no LoRA: give it to convert_pipeline(..., lora=...), which "
+            "adds it to the checkpoint's weights."
+        )
+
     def enable_vae_tiling(self) -> None:
         self.vae.enable_tiling()
 

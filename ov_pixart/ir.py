@@ -224,5 +224,5 @@ def check_ov_config(ov_config: dict[str, Any] | None, device: str) -> None:
         if problem:
             raise ValueError(
                 f"ov_config={{{key!r}: {value!r}}} does not work on {device}: "
-                f"{shortened(problem, 200)}."
+                f"{shortened(problem, 200).rstrip('.')}."
             )

@@ -5,18 +5,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ov_pixart.checks import check_names, plain
+import openvino as ov
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from optimum.intel.openvino.configuration import OVQuantizationConfigBase
+from optimum.intel.openvino.modeling_diffusion import OVModelVae, OVPipelinePart
+from transformers import PreTrainedTokenizerBase
+
+from ov_pixart.checks import check, check_names, plain
 from ov_pixart.convert import convert_pipeline
 from ov_pixart.ir import check_ov_config, device_name
 
 _HUB = ("revision", "cache_dir", "token", "local_files_only")
 _CONVERSION = set(inspect.signature(convert_pipeline).parameters)
 _CONVERSION -= {"model_id", "output_dir", "force", *_HUB}
-_LOADING = {
-    *("device", "ov_config", "compile", "compile_only", "dynamic_shapes", "release_text_encoder"),
-    *("quantization_config", "load_in_8bit"),
-    # objects, in place of what the folder holds
-    *("scheduler", "tokenizer", "text_encoder", "transformer", "vae", "vae_decoder", "vae_encoder"),
+_NETWORK = (ov.Model, ov.CompiledModel, torch.nn.Module, OVPipelinePart, OVModelVae)
+_LOADING = {  # name → classes of its values, None aside
+    "device": object,
+    "ov_config": object,  # see `check_ov_config`
+    **dict.fromkeys(("compile", "compile_only", "dynamic_shapes", "release_text_encoder"), bool),
+    "quantization_config": (OVQuantizationConfigBase, dict),
+    "load_in_8bit": bool,
+    # in place of what the folder holds
+    "scheduler": SchedulerMixin,
+    "tokenizer": PreTrainedTokenizerBase,
+    **dict.fromkeys(("text_encoder", "transformer", "vae"), _NETWORK),
+    **dict.fromkeys(("vae_decoder", "vae_encoder"), _NETWORK),
 }
 # of torch pipelines: how weights are stored does not matter here
 _NO_EFFECT = {"torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage"}
@@ -29,8 +43,8 @@ def split_options(
     """Options for the conversion and those for loading; `others` are known names beside these.
 
     A component is taken from a path or an id while converting, and as an object while loading.
-    Raises TypeError for unknown names, ValueError for an unknown device or setting: both before
-    anything is converted.
+    Raises TypeError for unknown names, ValueError for values of another kind and for an unknown
+    device or setting: all before anything is converted.
     """
     check_names(owner, options, [*_CONVERSION, *_LOADING, *_NO_EFFECT, *others])
     conversion, loading = {}, {}
@@ -40,7 +54,16 @@ def split_options(
         if name in _CONVERSION and not is_object:
             conversion[name] = value
         elif name in _LOADING:
+            fits = value is None or isinstance(value, _LOADING[name])
+            check(fits, name, value, f"{_describe(_LOADING[name])}, or left out")
             loading[name] = value
     loading["device"] = device_name(loading.get("device", "CPU"))
     check_ov_config(loading.get("ov_config"), loading["device"])
     return {name: value for name, value in conversion.items() if value is not None}, loading
+
+
+def _describe(classes: type | tuple[type, ...]) -> str:
+    if classes is bool:
+        return "True or False"
+    one_of = classes if isinstance(classes, tuple) else (classes,)
+    return "an object of " + ", ".join(one.__name__ for one in one_of)

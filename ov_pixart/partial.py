@@ -6,13 +6,14 @@ from typing import Any
 
 import openvino as ov
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from optimum.intel.openvino.modeling_diffusion import (
     OVDiffusionPipeline,
     OVModelVae,
     OVPipelinePart,
 )
 
-from ov_pixart.checks import check, check_names
+from ov_pixart.checks import check, check_names, is_text
 from ov_pixart.ir import IR_NAME, static_length
 
 _READY = (torch.nn.Module, OVPipelinePart, OVModelVae)
@@ -48,12 +49,18 @@ class PartialPipeline(OVDiffusionPipeline):
     """What lets a pipeline do without a network, or with a torch module, which is never saved."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Raises TypeError for a network that cannot be computed with."""
-        if name in _NETWORKS and value is not None and not isinstance(value, _READY):
-            raise TypeError(
-                f"{name}={type(value).__name__} cannot be used: assign a torch module, or the "
-                "component of another OpenVINO pipeline."
-            )
+        """Raises TypeError for a network or a scheduler that cannot be used."""
+        is_torch = isinstance(value, torch.nn.Module)
+        may_be_none = name in ("text_encoder", "transformer")
+        fits, remedy = True, "a module of diffusers or transformers, or another pipeline's"
+        if name == "scheduler":
+            fits, remedy = isinstance(value, SchedulerMixin), "a scheduler of diffusers"
+        elif name in _NETWORKS and is_torch:
+            fits = hasattr(value, "config") and hasattr(value, "dtype")
+        elif name in _NETWORKS:
+            fits = isinstance(value, _READY) or (may_be_none and value is None)
+        if not fits:
+            raise TypeError(f"{name}={type(value).__name__} cannot be used: assign {remedy}.")
         super().__setattr__(name, value)
 
     @property
@@ -82,13 +89,16 @@ class PartialPipeline(OVDiffusionPipeline):
     def encode_prompt(self, *args, **kwargs):
         """As in diffusers.
 
-        Raises ValueError for text that there is no text encoder for, TypeError for a misspelt
-        argument.
+        Raises ValueError for text that there is no text encoder for, or for what is no text,
+        TypeError for a misspelt argument.
         """
         signature = inspect.signature(self.auto_model_class.encode_prompt)
         check_names("encode_prompt", kwargs, [*signature.parameters, "mask_feature"])
         call = signature.bind(self, *args, **kwargs)
         call.apply_defaults()
+        if call.arguments["prompt_embeds"] is None:
+            prompt = call.arguments["prompt"]
+            check(is_text(prompt), "prompt", prompt, "a string or a list of at least one string")
         needed = ["prompt_embeds"]
         if call.arguments["do_classifier_free_guidance"]:
             needed.append("negative_prompt_embeds")

@@ -29,7 +29,7 @@ from ov_pixart.components import OVPixArtTextEncoder, OVPixArtTransformer, OVPix
 from ov_pixart.convert import convert_pipeline
 from ov_pixart.families import ALPHA, SIGMA, Family, find_family
 from ov_pixart.guidance import guidance_interval
-from ov_pixart.hub import HubOptions, fetch_pipeline
+from ov_pixart.hub import HubOptions, check_place, fetch_pipeline
 from ov_pixart.interface import FamiliarInterface, StepEndCallback, calling_back, check_step_end
 from ov_pixart.ir import (
     IR_NAME,
@@ -39,7 +39,7 @@ from ov_pixart.ir import (
 )
 from ov_pixart.load_options import split_options
 from ov_pixart.partial import PartialPipeline, pop_ready_networks, stand_in_transformer
-from ov_pixart.quiet import without_log_message
+from ov_pixart.quiet import silent_nncf, without_log_message
 from ov_pixart.saving import SavedPipeline
 from ov_pixart.static_shapes import StaticShapes
 from ov_pixart.upstream import dispatch_loading, hide_length_warning
@@ -187,7 +187,8 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, PartialPipeline, SavedPi
             if converted:
                 folder = convert_pipeline(folder, converted, **conversion, **hub)
             check_openvino_folder(folder)
-            pipeline = super().from_pretrained(folder, **loading)
+            with silent_nncf():  # which may have to compress weights
+                pipeline = super().from_pretrained(folder, **loading)
         except BaseException:
             if converted:
                 shutil.rmtree(converted, ignore_errors=True)
@@ -212,14 +213,19 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, PartialPipeline, SavedPi
         """Float32: the precision of inputs and outputs, whatever the device computes in."""
         return torch.float32
 
-    def to(self, *args, device: str | torch.device | None = None, **kwargs) -> "OVPixArtPipeline":
+    def to(
+        self,
+        *args: str | torch.device | torch.dtype,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "OVPixArtPipeline":
         """Move to another device, as in `to("GPU")`; the next call compiles for it.
 
-        Raises ValueError for a device that OpenVINO does not have here.
+        A `dtype` has no effect: devices choose their precision, `ov_config` overrides it. Raises
+        ValueError for a device that OpenVINO does not have here.
         """
-        args = [arg if isinstance(arg, torch.dtype) else device_name(arg) for arg in args]
-        device = None if device is None else device_name(device)
-        return super().to(*args, device=device, **kwargs)
+        devices = [arg for arg in (*args, device) if not isinstance(arg, torch.dtype | None)]
+        return super().to(device=device_name(devices[0])) if devices else self
 
     # -- generate --
 
@@ -302,8 +308,9 @@ PIPELINES = {ALPHA.name: OVPixArtAlphaPipeline, SIGMA.name: OVPixArtSigmaPipelin
 def find_pipeline(model_id: str | Path, **hub: Any) -> type[OVPixArtPipeline] | None:
     """Our class for a PixArt folder or id, None for every other model.
 
-    Raises FileNotFoundError for an OpenVINO folder that is not finished.
+    Raises FileNotFoundError for an OpenVINO folder that is not finished, and as `check_place`.
     """
+    check_place("model_id", model_id)
     if is_openvino_folder(Path(model_id)) and not (Path(model_id) / MODEL_INDEX).is_file():
         read_model_index(Path(model_id))
     try:
@@ -314,8 +321,21 @@ def find_pipeline(model_id: str | Path, **hub: Any) -> type[OVPixArtPipeline] | 
     return PIPELINES[family.name] if family else None
 
 
+class _OnlyFromText:
+    """In the place of the classes that diffusers does not have for PixArt."""
+
+    auto_model_class = PixArtAlphaPipeline  # optimum looks at its name
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "PixArt has no pipeline for image-to-image or inpainting: load it with "
+            "OVPipelineForText2Image; docs/real-checkpoints.md shows how to start from an image."
+        )
+
+
 def register_with_optimum() -> None:
-    """Register PixArt with optimum's loaders: OVDiffusionPipeline, OVPipelineForText2Image."""
+    """Register PixArt with optimum's loaders: OVDiffusionPipeline and those of one task."""
     for key, pipeline in (
         ("pixart-alpha", OVPixArtAlphaPipeline),
         ("pixart-sigma", OVPixArtSigmaPipeline),
@@ -323,6 +343,8 @@ def register_with_optimum() -> None:
         if pipeline not in ov_diffusion.SUPPORTED_OV_PIPELINES:
             ov_diffusion.SUPPORTED_OV_PIPELINES.append(pipeline)
         ov_diffusion.OV_TEXT2IMAGE_PIPELINES_MAPPING[key] = pipeline
+        ov_diffusion.OV_IMAGE2IMAGE_PIPELINES_MAPPING[key] = _OnlyFromText
+        ov_diffusion.OV_INPAINT_PIPELINES_MAPPING[key] = _OnlyFromText
     dispatch_loading(find_pipeline)
 
 

@@ -12,7 +12,7 @@ from optimum.intel.openvino.modeling_diffusion import (
     OVPipelinePart,
 )
 
-from ov_pixart.checkpoint import COMPONENT_FILES, COMPONENTS, MODEL_INDEX
+from ov_pixart.checkpoint import COMPONENT_FILES, COMPONENTS, MODEL_INDEX, check_replaceable
 from ov_pixart.checks import check, check_names, read_json
 from ov_pixart.sources import VAE_ENCODER
 from ov_pixart.storage import write_json
@@ -34,13 +34,14 @@ class SavedPipeline(OVDiffusionPipeline):
         default the folder's name), `private`, `token`, `commit_message` and `create_pr`, as in
         diffusers.
 
-        Raises ValueError where `save_directory` is a file, or the pipeline's own folder, or where
-        a component cannot be saved, TypeError for an unknown option.
+        Raises ValueError where `save_directory` is a file, the pipeline's own folder or holds other
+        files, or where a component cannot be saved, TypeError for an unknown option.
         """
         check_names("save_pretrained", options, [*_UPLOAD, *_NO_EFFECT, "push_to_hub"])
         upload = {name: options[name] for name in _UPLOAD if name in options}
         if upload and not push_to_hub:
             check(False, "push_to_hub", push_to_hub, f"True where {', '.join(upload)}= is given")
+        check(bool(str(save_directory)), "save_directory", save_directory, "the path of a folder")
         folder = Path(save_directory)
         self._check_saveable(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -64,6 +65,7 @@ class SavedPipeline(OVDiffusionPipeline):
                 f"save_directory={str(folder)!r} is where this pipeline reads its weights from: "
                 "choose another folder."
             )
+        check_replaceable(folder, argument="save_directory")
         for name in ("text_encoder", "transformer", "vae"):
             network = getattr(self, name)
             is_left_out = name == "text_encoder" and network is None

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import T5Config, T5EncoderModel
 
@@ -50,7 +50,7 @@ _UNUSED = {
 
 
 def check_file(argument: str, file: Path) -> None:
-    """Raise ValueError unless a file's name is one of safetensors."""
+    """Raise ValueError unless a file is one of safetensors, with a whole header."""
     given = f"{argument}={str(file)!r}"
     if file.suffix == ".gguf":
         raise ValueError(
@@ -64,6 +64,11 @@ def check_file(argument: str, file: Path) -> None:
         )
     if file.suffix != ".safetensors":
         raise ValueError(f"{given} is a file that cannot be read: name a .safetensors or a folder.")
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{given} is damaged ({error}): download it again.") from None
 
 
 def original_modules(layers: int) -> dict[str, tuple[str, ...]]:

@@ -387,6 +387,8 @@ def free_port() -> int:
 
 def test_launch_returns_at_once_and_prints_one_line_with_the_address(folders, capsys):
     demo = gh.make_demo(folders)
+    with pytest.raises(TypeError, match=r"launch_demo has no argument 'shar' \(nearest: 'share'\)"):
+        gh.launch_demo(demo, shar=True)
     gh.launch_demo(demo, port=(port := free_port()))
     assert is_open(port) and demo.share_url is None
     assert capsys.readouterr().out == f"The demo is at http://127.0.0.1:{port}/\n"

@@ -219,7 +219,22 @@ def test_calls_with_nothing_to_do_do_nothing(fresh_pipeline, ov_pipeline):
     pipeline.enable_sequential_cpu_offload(gpu_id=0)
     pipeline.enable_group_offload(onload_device="cuda", offload_type="leaf_level")
     pipeline.enable_attention_slicing()
+    pipeline = pipeline.to(torch.float16).to("cpu", torch.bfloat16).to(dtype=torch.float16)
+    assert pipeline.dtype == torch.float32
     assert_same(generate(pipeline), generate(ov_pipeline("alpha")), 1e-6)
+
+
+def test_a_lora_for_a_converted_model_is_answered_with_the_remedy(ov_pipeline):
+    with refused(ValueError, "no LoRA", "convert_pipeline(..., lora=...)"):
+        ov_pipeline("alpha").load_lora_weights("someone/lora")
+
+
+def test_arguments_of_encode_prompt_are_checked(ov_pipeline):
+    with refused(TypeError, "encode_prompt has no argument 'num_images_per_promt'", "per_prompt'"):
+        ov_pipeline("alpha").encode_prompt("a cat", num_images_per_promt=2)
+    for prompt in (3, None, []):
+        with refused(ValueError, f"prompt={prompt}", "a string or a list"):
+            ov_pipeline("alpha").encode_prompt(prompt)
 
 
 def test_tiling_and_slicing_can_be_asked_of_the_pipeline(fresh_pipeline):

@@ -10,7 +10,12 @@ import openvino as ov
 import pytest
 import torch
 from diffusers import LCMScheduler
-from optimum.intel.openvino import OVDiffusionPipeline, OVPipelineForText2Image
+from optimum.intel.openvino import (
+    OVDiffusionPipeline,
+    OVPipelineForImage2Image,
+    OVPipelineForInpainting,
+    OVPipelineForText2Image,
+)
 
 import ov_pixart_helper as helper
 from ov_pixart import pipeline as pipeline_module
@@ -41,6 +46,10 @@ def temporary(monkeypatch, tmp_path) -> Path:
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
+
+
+def constants(component) -> list[ov.Node]:
+    return [one for one in component.model.get_ops() if one.get_type_name() == "Constant"]
 
 
 # ---- entrances ----------------------------------------------------------------------------------
@@ -85,7 +94,34 @@ def test_a_misspelt_option_is_named_everywhere(entrance, converted):
 def test_other_models_still_go_to_optimum(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     assert pipeline_module.find_pipeline(tmp_path) is None
-    assert pipeline_module.find_pipeline(tmp_path / "nowhere") is None
+    assert pipeline_module.find_pipeline("someone/flux", local_files_only=True) is None
+
+
+def test_what_is_no_folder_is_named_on_optimums_entrance_too(checkpoint, tmp_path):
+    file = checkpoint("alpha") / "model_index.json"
+    for model_id, kind, word in (
+        (file, ValueError, "is a file"),
+        (tmp_path / "nowhere", FileNotFoundError, "neither a folder here nor"),
+        ("~/models/pixart", FileNotFoundError, "neither a folder here nor"),
+        (None, ValueError, "a Hugging Face id"),
+        ("", ValueError, "a Hugging Face id"),
+    ):
+        for entrance in (OVDiffusionPipeline, helper.OVPixArtAlphaPipeline):
+            with refused(kind, "model_id=", word):
+                entrance.from_pretrained(model_id)
+
+
+@pytest.mark.parametrize("entrance", [OVPipelineForImage2Image, OVPipelineForInpainting])
+def test_what_diffusers_has_no_pixart_for_is_named(entrance, checkpoint, converted):
+    for folder in (checkpoint("alpha"), converted("sigma")):
+        with refused(ValueError, "no pipeline for image-to-image", "OVPipelineForText2Image"):
+            entrance.from_pretrained(folder)
+
+
+def test_weights_are_compressed_without_a_word_while_loading(converted, capfd):
+    pipeline = OVDiffusionPipeline.from_pretrained(converted("alpha"), load_in_8bit=True)
+    assert any(one.get_element_type() == ov.Type.u8 for one in constants(pipeline.transformer))
+    assert not any(capfd.readouterr())
 
 
 def test_an_unfinished_folder_is_named_on_optimums_entrance_too(converted, tmp_path):
@@ -157,6 +193,15 @@ BAD_OPTIONS = {
     "no settings": ({"ov_config": "f32"}, ValueError, "ov_config='f32'", "a dictionary"),
     "misspelt": ({"wieght_format": "int8"}, TypeError, "'wieght_format'", "'weight_format'"),
     "torch's": ({"unet": 1}, TypeError, "no argument 'unet'"),
+    "tokenizer by path": ({"tokenizer": "t5"}, ValueError, "tokenizer='t5'", "an object of"),
+    "IR by path": ({"vae_decoder": "vae"}, ValueError, "vae_decoder='vae'", "an object of Model"),
+    "no scheduler": ({"scheduler": 3}, ValueError, "scheduler=3", "SchedulerMixin"),
+    "no network": ({"transformer": 3}, ValueError, "transformer=3", "an object of Model"),
+    "no switch": ({"load_in_8bit": "yes"}, ValueError, "load_in_8bit='yes'", "True or False"),
+    "quantization by name": (
+        {"quantization_config": "int8"},
+        *(ValueError, "quantization_config='int8'", "OVQuantizationConfigBase"),
+    ),
 }
 
 

@@ -98,6 +98,9 @@ def test_a_lora_for_another_transformer_is_refused(checkpoint, lora, tmp_path):
     alter_config(wide, r=3)
     with refused(ValueError, "lora=", "does not fit", "choose one"):
         fuse_lora(load_transformer(checkpoint("alpha")), wide, 1.0)
+    with refused(ValueError, "lora=", "does not fit"):  # before T5, which takes minutes
+        helper.convert_pipeline(checkpoint("alpha"), tmp_path / "ov", lora=wide)
+    assert not list((tmp_path / "ov").rglob("*.xml"))
 
 
 # ---- files of diffusers, OneTrainer and others --------------------------------------------------

@@ -162,8 +162,18 @@ def test_what_is_no_network_is_named(checkpoint, converted, fresh_pipeline):
             generate(pipeline)
     pipeline = fresh_pipeline("alpha")
     for value in ("a path", read_ir(converted("alpha") / "vae_decoder"), pipeline.scheduler):
-        with refused(TypeError, f"vae={type(value).__name__}", "a torch module", "component"):
+        with refused(TypeError, f"vae={type(value).__name__}", "a module of", "another pipeline"):
             pipeline.vae = value
+    for name, value in {
+        "vae": None,
+        "text_encoder": torch.nn.Linear(1, 1),
+        "scheduler": None,
+    }.items():
+        with refused(TypeError, f"{name}={type(value).__name__}", "assign"):
+            setattr(pipeline, name, value)
+    with refused(TypeError, "scheduler=str", "a scheduler of diffusers"):
+        pipeline.scheduler = "LCMScheduler"
+    assert_same(generate(pipeline), generate(fresh_pipeline("alpha")), 1e-6)
 
 
 def test_a_callback_sees_the_steps_of_a_transformer_of_torch(checkpoint, fresh_pipeline):

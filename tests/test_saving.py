@@ -113,6 +113,19 @@ def test_an_upload_is_a_folder_that_can_be_loaded(fresh_pipeline, ov_pipeline, u
         assert_same(generate(load_exact(folder)), generate(ov_pipeline("alpha")), 1e-6)
 
 
+def test_a_folder_with_other_files_is_left_alone(fresh_pipeline, checkpoint, tmp_path, monkeypatch):
+    """A torch checkpoint would be taken for an OpenVINO folder afterwards."""
+    pipeline = fresh_pipeline("alpha", compile=False)
+    source = shutil.copytree(checkpoint("alpha"), tmp_path / "torch")
+    before = sorted(source.rglob("*"))
+    with refused(ValueError, f"save_directory={str(source)!r}", "holds other files", "new folder"):
+        pipeline.save_pretrained(source)
+    assert sorted(source.rglob("*")) == before
+    monkeypatch.chdir(tmp_path)
+    with refused(ValueError, "save_directory=''", "the path of a folder"):
+        pipeline.save_pretrained("")
+
+
 def test_options_of_saving_are_not_ignored(fresh_pipeline, uploads, tmp_path):
     pipeline = fresh_pipeline("alpha", compile=False)
     with refused(TypeError, "save_pretrained has no argument 'privat'", "'private'"):

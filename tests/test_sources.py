@@ -148,8 +148,9 @@ def test_a_file_that_does_not_fit_is_refused_before_anything_is_converted(checkp
     with refused(ValueError, "vae=", "does not fit the configuration"):
         helper.convert_pipeline(source, out, vae=tmp_path / "vae.safetensors")
     file.write_bytes(b"cut short")
-    with refused(ValueError, f"transformer={str(file)!r}"):
-        helper.convert_pipeline(source, out, transformer=file)
+    for name in ("transformer", "text_encoder", "vae", "lora"):
+        with refused(ValueError, f"{name}={str(file)!r} is damaged", "download it again"):
+            helper.convert_pipeline(source, out, **{name: file})
     assert not out.exists()
 
 

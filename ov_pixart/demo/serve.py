@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import gradio as gr
 
 from ov_pixart.demo.page import Demo, make_demo
-from ov_pixart_helper import convert_pipeline, optimize_pipeline
+from ov_pixart_helper import check_names, convert_pipeline, optimize_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,8 +33,10 @@ def launch_demo(demo: gr.Blocks, *, port: int | None = None, **launch_kwargs: An
     be run again, and demos on different ports live side by side. Without `port` it is the first
     free one from 7860. Other arguments go to Gradio's `launch`. Afterwards `demo.local_url` is
     the address.
-    Raises OSError if another program uses the port.
+    Raises OSError if another program uses the port, TypeError for an unknown argument.
     """
+    known = [*inspect.signature(demo.launch).parameters, "port"]
+    check_names("launch_demo", launch_kwargs, known)
     for asked, earlier in list(_launched.items()):
         if earlier.is_running and port in (asked, earlier.server_port):
             earlier.close(verbose=False)
