@@ -18,6 +18,7 @@ from PIL import Image
 from ov_pixart import batch
 from ov_pixart.batch import GenerateImages, generate_many
 from ov_pixart.shards import COLUMNS, read_captions
+from pixart_tiny import many_pictures
 from tests.support.batch_stub import FAILS, load_stub
 from tests.support.fake_pipeline import fake_folder
 from tests.support.parity import SMALL
@@ -306,3 +307,14 @@ def test_ten_thousand_rows_take_no_more_memory_than_two_thousand(ov_dir, caption
     print(f"{result.generated / result.seconds:.0f} rows a second, {grown:.0f} MB more")
     assert grown < 64
     assert [row["row"] for row in read(tmp_path / "out")] == list(range(10_000))
+
+
+@pytest.mark.slow
+def test_the_measuring_command_prints_a_table(converted, capsys):
+    """A plain loop, which has nothing beside it."""
+    options = ["--count", "15", "--rounds", "1", "--versions", "1", "--steps", "200"]
+    many_pictures.main([str(converted("alpha")), *options, "--height", "64", "--width", "64"])
+    row = capsys.readouterr().out.splitlines()[-1].split(" | ")
+    assert row[0] == "| plain loop" and row[-1] == "0.0 |"
+    pace, start, memory = (float(cell.split()[0]) for cell in row[1:4])
+    assert pace > 1 and start > 0 and memory > 0.1
