@@ -39,8 +39,8 @@ class SavedPipeline(OVDiffusionPipeline):
         """
         check_names("save_pretrained", options, [*_UPLOAD, *_NO_EFFECT, "push_to_hub"])
         upload = {name: options[name] for name in _UPLOAD if name in options}
-        if upload and not push_to_hub:
-            check(False, "push_to_hub", push_to_hub, f"True where {', '.join(upload)}= is given")
+        rule = f"True where {', '.join(upload)}= is given"
+        check(push_to_hub or not upload, "push_to_hub", push_to_hub, rule)
         check(bool(str(save_directory)), "save_directory", save_directory, "the path of a folder")
         folder = Path(save_directory)
         self._check_saveable(folder)
