@@ -11,6 +11,7 @@ import argparse
 import io
 import math
 import os
+import socket
 import sys
 import time
 import warnings
@@ -27,11 +28,12 @@ from tqdm.auto import tqdm
 from ov_pixart.quiet import quiet_imports
 
 with quiet_imports():
+    from ov_pixart.call_checks import check_interval
     from ov_pixart.checkpoint import check_openvino_folder, default_settings, sizes_mb
-    from ov_pixart.checks import check, check_names, is_count, plain, public, shortened
+    from ov_pixart.checks import check, check_names, is_count, is_number, plain, public, shortened
     from ov_pixart.cluster import assigned_threads, ray_session
     from ov_pixart.loading import load_pipeline
-    from ov_pixart.shards import COLUMNS, Shards, make_plan, read_captions
+    from ov_pixart.shards import COLUMNS, PLAN, Shards, make_plan, read_captions
     from ov_pixart.storage import explain_write_errors, locked
 
 SHARD_SIZE = 32  # rows: what an actor that is killed may lose
@@ -68,11 +70,14 @@ class GenerateImages:
         self.settings = row_settings(ov_dir, call)
         threads = threads or assigned_threads()
         if release_text_encoder is None:
-            release_text_encoder = _memory_is_short(Path(ov_dir), threads)
+            release_text_encoder = _memory_is_short(Path(ov_dir), assigned_threads())
         config = {"INFERENCE_NUM_THREADS": str(threads)} if threads else None
         self.pipeline = load(
             ov_dir, ov_config=config, compile=False, release_text_encoder=release_text_encoder
         )
+        fixed = getattr(self.pipeline, "static_arguments", {})  # of shapes that were saved
+        sizes = {name: fixed[name] for name in ("height", "width") if name in fixed}
+        self.settings |= {name: sizes[name] for name in sizes if name not in (call or {})}
 
     def __call__(self, batch: dict[str, Sequence[Any]]) -> dict[str, list[Any]]:
         rows = zip(*batch.values(), strict=True)
@@ -104,8 +109,8 @@ class GenerateImages:
 def row_settings(ov_dir: str | Path, call: dict[str, Any] | None = None) -> dict[str, Any]:
     """Arguments of the pipeline's call for rows that set none: the checkpoint's, then `call`.
 
-    Raises TypeError for a name in `call` that no row could set, FileNotFoundError and ValueError
-    as `default_settings` does.
+    Raises TypeError for a name in `call` that no row could set, ValueError for a value that works
+    in no row, FileNotFoundError and ValueError as `default_settings` does.
     """
     call = {name: plain(value) for name, value in (call or {}).items()}
     check_names("call", call, _SETTINGS)
@@ -116,7 +121,16 @@ def row_settings(ov_dir: str | Path, call: dict[str, Any] | None = None) -> dict
     settings["use_resolution_binning"] = defaults.use_resolution_binning
     if defaults.timesteps and "num_inference_steps" not in call:
         settings["timesteps"] = list(defaults.timesteps)
-    return {**settings, **{name: value for name, value in call.items() if value is not None}}
+    settings |= {name: value for name, value in call.items() if value is not None}
+    for name in ("num_inference_steps", "height", "width"):
+        check(is_count(settings[name]), name, settings[name], "a whole number from 1")
+    for name in ("guidance_scale", "guidance_start", "guidance_end"):
+        check(is_number(settings[name]), name, settings[name], "a number")
+    negative = settings["negative_prompt"]
+    check(isinstance(negative, str), "negative_prompt", negative, "a string")
+    if settings["guidance_scale"] > 1:
+        check_interval(*(settings[f"guidance_{name}"] for name in ("scale", "start", "end")))
+    return settings
 
 
 def _given(name: str, value: Any) -> Any:
@@ -134,7 +148,10 @@ def _given(name: str, value: Any) -> Any:
 
 
 def _memory_is_short(ov_dir: Path, threads: int | None) -> bool:
-    """Whether this process's share of the free memory is less than its pipeline needs."""
+    """Whether this process's share of the free memory is less than its pipeline needs.
+
+    `threads`: of each of the actors that fill this machine, None for a process by itself.
+    """
     processes = max(1, (os.cpu_count() or 1) // threads) if threads else 1
     available = psutil.virtual_memory().available / 1e6 / processes
     return 1.5 * sum(sizes_mb(ov_dir).values()) + 300 > available
@@ -147,6 +164,12 @@ class WriteShards:
     """Generates the rows of one shard and writes its file, which marks the shard as finished."""
 
     def __init__(self, shards: Shards, ov_dir: Path, **options: Any):
+        """Raises FileNotFoundError on a machine that does not see the output folder."""
+        if not (shards.folder / PLAN).is_file():
+            raise FileNotFoundError(
+                f"output_dir={str(shards.folder)!r} is another folder on {socket.gethostname()}: "
+                "all machines have to see the same one under this path."
+            )
         self.shards = shards
         self.generate = GenerateImages(ov_dir, **options).generate
 
@@ -156,8 +179,8 @@ class WriteShards:
         try:
             with explain_write_errors(self.shards.folder):
                 self.shards.write(done)
-        except OSError as error:  # such as a full disk: no reason to try the other shards
-            problem = shortened(str(error), 300)
+        except Exception as error:  # such as a full disk: no reason to try the other shards
+            problem = shortened(str(error) if isinstance(error, OSError) else repr(error), 300)
         return {"rows": [len(done)], "problem": [problem]}
 
 
@@ -216,7 +239,8 @@ def generate_many(
     check(is_count(shard_size), "shard_size", shard_size, "a whole number from 1")
     rule = "None without `actors`: name how many the cluster shall run"
     check(address is None or actors is not None, "address", address, rule)
-    ov_dir, output_dir = Path(ov_dir).resolve(), Path(output_dir).resolve()
+    # a link stays a link: another machine may have a copy in its place
+    ov_dir, output_dir = Path(ov_dir).absolute(), Path(output_dir).absolute()
     check(not output_dir.is_file(), "output_dir", str(output_dir), "a folder")
     settings = row_settings(ov_dir, call)
     if load is load_pipeline:

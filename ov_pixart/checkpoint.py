@@ -117,6 +117,7 @@ def check_torch_folder(folder: Path, *, without: Iterable[str] = ()) -> None:
     for name in needed:
         if name in NETWORK_FOLDERS:
             check_weights(folder / name)
+    _check_vocabulary(folder / "tokenizer")
 
 
 def check_weights(folder: Path) -> None:
@@ -138,8 +139,11 @@ def check_openvino_folder(folder: Path) -> None:
     Raises FileNotFoundError for a missing file, ValueError for a damaged one.
     """
     read_scheduler_name(folder / "scheduler")
-    read_json(folder / "tokenizer" / "tokenizer_config.json")
-    left_out = read_model_index(folder).get("text_encoder") == [None, None]
+    index = read_model_index(folder)
+    if index.get("tokenizer") != [None, None]:
+        read_json(folder / "tokenizer" / "tokenizer_config.json")
+        _check_vocabulary(folder / "tokenizer")
+    left_out = index.get("text_encoder") == [None, None]
     for name in list(COMPONENTS)[left_out:]:  # the text encoder is the first
         for file in (IR_NAME, IR_NAME.replace(".xml", ".bin"), "config.json"):
             if not (folder / name / file).is_file():
@@ -150,27 +154,20 @@ def check_openvino_folder(folder: Path) -> None:
     check_sizes(folder)
 
 
+def _check_vocabulary(folder: Path) -> None:
+    """Without it, transformers makes a tokenizer that knows no word, and says nothing."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+        raise FileNotFoundError(
+            f"{str(folder)!r} has neither tokenizer.json nor spiece.model: the folder is "
+            "incomplete, download or convert it again."
+        )
+
+
 def check_sizes(folder: Path) -> None:
     """Raise ValueError if a component's file is not of the size that its record states."""
     for name, record in itertools.product(COMPONENTS, RECORDS):
         if file := find_damage(folder / name, read_record(folder / name / record)):
             raise ValueError(damage_message(file))
-
-
-def check_components_fit(folders: dict[str, Path]) -> None:
-    """Raise ValueError if the transformer's widths do not match the text encoder or VAE."""
-    transformer = read_json(folders["transformer"] / "config.json")
-    for name, theirs, ours in (
-        ("text_encoder", "d_model", "caption_channels"),
-        ("vae", "latent_channels", "in_channels"),
-    ):
-        width = read_json(folders[name] / "config.json").get(theirs) if name in folders else None
-        expected = transformer.get(ours)
-        if None not in (width, expected) and width != expected:
-            raise ValueError(
-                f"transformer={str(folders['transformer'])!r} expects {ours}={expected}, but "
-                f"{name}={str(folders[name])!r} has {theirs}={width}: choose two that fit."
-            )
 
 
 def read_scheduler_name(folder: Path) -> str:

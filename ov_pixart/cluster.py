@@ -104,5 +104,7 @@ def assigned_threads() -> int | None:
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
-    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU")
+    cpus = None
+    with contextlib.suppress(AssertionError):  # this is the process that directs the actors
+        cpus = ray.get_runtime_context().get_assigned_resources().get("CPU")
     return max(1, int(cpus)) if cpus else None

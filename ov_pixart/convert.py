@@ -11,14 +11,13 @@ import openvino as ov
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, PixArtTransformer2DModel
 from tqdm.auto import tqdm
-from transformers import T5EncoderModel, T5Tokenizer
+from transformers import T5EncoderModel
 
 from ov_pixart.checkpoint import (
     COMPONENT_FILES,
     COMPONENTS,
     FOLDERS,
     MODEL_INDEX,
-    check_components_fit,
     check_replaceable,
     check_torch_folder,
     read_model_index,
@@ -38,7 +37,7 @@ from ov_pixart.ir import IR_NAME, save_ir
 from ov_pixart.lora import fetch_loras, fuse_lora, record_loras
 from ov_pixart.memory import release_memory
 from ov_pixart.quiet import quiet, silent_nncf
-from ov_pixart.sources import VAE_ENCODER, Source, check_shared, component_class, find_sources
+from ov_pixart.sources import VAE_ENCODER, Source, component_class, find_sources, load_tokenizer
 from ov_pixart.storage import (
     CONVERSION,
     check_output,
@@ -243,9 +242,10 @@ def convert_pipeline(
     checkpoint = fetch_pipeline(model_id, hub, revision=revision, folders=FOLDERS - given)
     index = read_model_index(checkpoint)
     check_torch_folder(checkpoint, without=given)
-    sources = find_sources(networks, hub, checkpoint, vae_encoder=vae_encoder)
+    options = {"weight_format": weight_format, "has_lora": bool(lora), "vae_encoder": vae_encoder}
+    sources = find_sources(networks, hub, checkpoint, **options)
     folders = {source.argument: source.folder for source in sources.values()}
-    check_components_fit(folders)
+    tokenizer = load_tokenizer(checkpoint / "tokenizer")
     check_conditions(find_family(index["_class_name"]), folders["transformer"])
     place = checkpoint if scheduler is None else scheduler
     folders["scheduler"] = fetch_component("scheduler", place, hub)
@@ -254,7 +254,6 @@ def convert_pipeline(
     index["vae"] = ["diffusers", component_class(folders["vae"], "vae").__name__]
     if "text_encoder" not in sources:
         index["text_encoder"] = [None, None]  # as diffusers writes it
-    check_shared(sources, weight_format, has_lora=bool(lora))
     loras = fetch_loras(lora, lora_scale, hub)
     check_output(
         output_dir, {checkpoint, *folders.values(), *(place for place, _ in loras)}, COMPONENTS
@@ -266,8 +265,7 @@ def convert_pipeline(
     conversion.check_room(force)
     with locked(output_dir):
         conversion.run(force)
-        with quiet(), staged(output_dir / "tokenizer") as folder:  # a `spiece.model` is enough
-            tokenizer = T5Tokenizer.from_pretrained(checkpoint / "tokenizer", local_files_only=True)
+        with quiet(), staged(output_dir / "tokenizer") as folder:
             tokenizer.save_pretrained(folder)
         with staged(output_dir / "scheduler") as folder:
             name = "scheduler_config.json"
@@ -344,10 +342,8 @@ class _Conversion:
         """Convert the components that are not finished, one at a time; remove what is left out."""
         names = list(self.sources)
         missing = [name for name in names if force or not self.is_finished(name, hashed=True)]
-        if missing or self.left_out:
-            (self.output_dir / MODEL_INDEX).unlink(missing_ok=True)
-        for name in self.left_out:
-            shutil.rmtree(self.output_dir / name)
+        if not missing:
+            self._begin()
         with tqdm(total=len(names), unit="component") as bar:
             for name in names:
                 bar.set_description(f"Keeping {name}")
@@ -357,10 +353,17 @@ class _Conversion:
                 bar.update()
             bar.set_description("Converted")
 
+    def _begin(self) -> None:
+        """From here on, the folder is unfinished until all of it is done."""
+        (self.output_dir / MODEL_INDEX).unlink(missing_ok=True)
+        for name in self.left_out:
+            shutil.rmtree(self.output_dir / name)
+
     def _convert(self, name: str, bar: tqdm) -> None:
         source, output = self.sources[name], self.output_dir / name
         if source.is_ir:
             bar.set_description(f"Sharing {name}")
+            self._begin()
             source.share(output)
             return
         memory = self.cost(name).memory / 1e9
@@ -372,4 +375,5 @@ class _Conversion:
         module = source.load()
         for place, scale in self.loras if name == "transformer" else ():
             module = fuse_lora(module, place, scale)
+        self._begin()
         convert_component(name, module, output, self.format(name), self.source(name), report)

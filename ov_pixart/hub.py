@@ -67,7 +67,8 @@ def fetch_component(name: str, given: str | Path, hub: HubOptions) -> Path:
 
 def fetch_lora_folder(lora: str | Path, hub: HubOptions) -> Path:
     """The local folder of a LoRA; raises as `fetch_component` does."""
-    return _fetch("lora", lora, hub, ["*adapter_model.safetensors", "*lora*.safetensors"])
+    weights = [f"*{name}*.safetensors" for name in ("adapter_model", "lora", "Lora", "LoRA")]
+    return _fetch("lora", lora, hub, weights)
 
 
 def check_place(argument: str, given: str | Path) -> None:

@@ -19,7 +19,7 @@ from ov_pixart.ir import check_ov_config, device_name
 _HUB = ("revision", "cache_dir", "token", "local_files_only")
 _CONVERSION = set(inspect.signature(convert_pipeline).parameters)
 _CONVERSION -= {"model_id", "output_dir", "force", *_HUB}
-_NETWORK = (ov.Model, ov.CompiledModel, torch.nn.Module, OVPipelinePart, OVModelVae)
+_IR = (ov.Model, ov.CompiledModel)
 _LOADING = {  # name → classes of its values, None aside
     "device": object,
     "ov_config": object,  # see `check_ov_config`
@@ -29,9 +29,11 @@ _LOADING = {  # name → classes of its values, None aside
     # in place of what the folder holds
     "scheduler": SchedulerMixin,
     "tokenizer": PreTrainedTokenizerBase,
-    **dict.fromkeys(("text_encoder", "transformer", "vae"), _NETWORK),
-    **dict.fromkeys(("vae_decoder", "vae_encoder"), _NETWORK),
+    **dict.fromkeys(("text_encoder", "transformer"), (*_IR, torch.nn.Module, OVPipelinePart)),
+    "vae": (torch.nn.Module, OVModelVae),
+    **dict.fromkeys(("vae_decoder", "vae_encoder"), _IR),
 }
+_NONE_COUNTS = {"tokenizer", "text_encoder", "transformer", "vae_encoder", "device"}
 # of torch pipelines: how weights are stored does not matter here
 _NO_EFFECT = {"torch_dtype", "dtype", "variant", "use_safetensors", "low_cpu_mem_usage"}
 _NO_EFFECT |= {"device_map", "safety_checker", "feature_extractor", "resume_download"}
@@ -55,8 +57,17 @@ def split_options(
             conversion[name] = value
         elif name in _LOADING:
             fits = value is None or isinstance(value, _LOADING[name])
-            check(fits, name, value, f"{_describe(_LOADING[name])}, or left out")
-            loading[name] = value
+            check(fits, name, value, f"{_describe(_LOADING[name])}, or left out of the call")
+            rule = "left out of the call: output_type='latent' does without the VAE"
+            check(value is not None or name not in ("vae", "vae_decoder"), name, value, rule)
+            if value is not None or name in _NONE_COUNTS:
+                loading[name] = value
+    scheduler = loading.get("scheduler")
+    fits = scheduler is None or hasattr(scheduler, "scale_model_input")
+    rule = "one for models that predict noise, which has scale_model_input"
+    check(fits, "scheduler", type(scheduler).__name__, rule)
+    if loading.get("compile_only") and not loading.get("compile", True):
+        check(False, "compile", False, "True with compile_only=True")
     loading["device"] = device_name(loading.get("device", "CPU"))
     check_ov_config(loading.get("ov_config"), loading["device"])
     return {name: value for name, value in conversion.items() if value is not None}, loading

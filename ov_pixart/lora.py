@@ -73,6 +73,7 @@ def _check_peft_folder(lora: str | Path, folder: Path) -> Path:
             f"lora={str(lora)!r} holds no {_WEIGHTS}, and only safetensors are "
             "read: save it again with safe_serialization=True."
         )
+    check_file("lora", folder / _WEIGHTS)
     return folder
 
 
@@ -190,12 +191,22 @@ def _read_file(
         parts = [tensor] * len(targets) if shared else tensor.chunk(len(targets))
         for target, part in zip(targets, parts, strict=True):
             if kind == "lora_magnitude_vector":
+                _check_dora(file, name, tensor)
                 part = part.flatten()
             ending = (
                 "" if kind in ("alpha", "lora_magnitude_vector") else f".{match[3] or 'weight'}"
             )
             tensors[f"{_MODEL}{target}.{kind}{ending}"] = part.contiguous()
     return tensors, settings
+
+
+def _check_dora(file: Path, name: str, scales: torch.Tensor) -> None:
+    """Raise ValueError unless a DoRA has a scale per output, `(out,)` or `(out, 1)`, as in peft."""
+    if scales.ndim > 1 and scales.shape[0] == 1 < scales.shape[1]:
+        raise ValueError(
+            f"lora={str(file)!r} is a DoRA with a scale per input ({name!r}), as OneTrainer trains "
+            "it, and only scales per output can be added: use a LoRA without decomposed weights."
+        )
 
 
 def _modules(transformer: PixArtTransformer2DModel) -> dict[str, tuple[str, ...]]:

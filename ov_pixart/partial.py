@@ -1,7 +1,6 @@
 """Pipelines without some components, or with torch modules in the places of compiled ones."""
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import openvino as ov
@@ -14,22 +13,14 @@ from optimum.intel.openvino.modeling_diffusion import (
 )
 
 from ov_pixart.checks import check, check_names, is_text
-from ov_pixart.ir import IR_NAME, static_length
+from ov_pixart.ir import static_length
 
 _READY = (torch.nn.Module, OVPipelinePart, OVModelVae)
 _NETWORKS = ("text_encoder", "transformer", "vae")
 
 
 def pop_ready_networks(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Take out of constructor arguments what needs no IR: torch modules, other pipelines' parts.
-
-    Raises ValueError where the VAE is left out.
-    """
-    is_there = (Path(arguments["model_save_dir"]) / "vae_decoder" / IR_NAME).is_file()
-    for name in ("vae", "vae_decoder"):
-        rule = "left out of the call: output_type='latent' does without the VAE"
-        is_none = is_there and name in arguments and arguments[name] is None
-        check(not is_none, name, None, rule)
+    """Take out of constructor arguments what needs no IR: torch modules, other pipelines' parts."""
     given = {name: arguments.get(name) for name in _NETWORKS}
     ready = {name: value for name, value in given.items() if isinstance(value, _READY)}
     for name in ready:
@@ -54,7 +45,9 @@ class PartialPipeline(OVDiffusionPipeline):
         may_be_none = name in ("text_encoder", "transformer")
         fits, remedy = True, "a module of diffusers or transformers, or another pipeline's"
         if name == "scheduler":
-            fits, remedy = isinstance(value, SchedulerMixin), "a scheduler of diffusers"
+            # schedulers of flow matching have no `scale_model_input`, which PixArt's loop calls
+            fits = isinstance(value, SchedulerMixin) and hasattr(value, "scale_model_input")
+            remedy = "a scheduler of diffusers for models that predict noise"
         elif name in _NETWORKS and is_torch:
             fits = hasattr(value, "config") and hasattr(value, "dtype")
         elif name in _NETWORKS:
@@ -66,8 +59,13 @@ class PartialPipeline(OVDiffusionPipeline):
     @property
     def components(self) -> dict[str, OVPipelinePart]:
         """The compiled components by name, swapped ones included, torch modules left out."""
-        found = {**super().components, "vae_decoder": getattr(self.vae, "decoder", None)}
+        halves = {f"vae_{name}": getattr(self.vae, name, None) for name in ("decoder", "encoder")}
+        found = {**super().components, **halves}
         return {name: one for name, one in found.items() if isinstance(one, OVPipelinePart)}
+
+    @property
+    def _ov_model_names(self) -> list[str]:  # what optimum saves
+        return list(self.components)
 
     @property
     def height(self) -> int:

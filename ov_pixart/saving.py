@@ -43,9 +43,9 @@ class SavedPipeline(OVDiffusionPipeline):
         check(push_to_hub or not upload, "push_to_hub", push_to_hub, rule)
         check(bool(str(save_directory)), "save_directory", save_directory, "the path of a folder")
         folder = Path(save_directory)
-        self._check_saveable(folder)
+        index = self._check_saveable(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._write(folder)
+        self._write(folder, index)
         return _upload(folder, **upload) if push_to_hub else None
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
@@ -56,11 +56,20 @@ class SavedPipeline(OVDiffusionPipeline):
         with tempfile.TemporaryDirectory(prefix="ov-pixart-") as folder:
             return self.save_pretrained(folder, push_to_hub=True, repo_id=repo_id, **options)
 
-    def _check_saveable(self, folder: Path) -> None:
-        """Raise ValueError for a folder that cannot be written, or a component that is no IR."""
+    def _check_saveable(self, folder: Path) -> dict[str, Any]:
+        """The content of the pipeline's own index, before anything is written.
+
+        Raises ValueError for a folder that cannot be written, or a component that is no IR.
+        """
+        if self._compile_only:
+            raise ValueError(
+                "A pipeline that was loaded with compile_only=True holds no IRs to save: load it "
+                "without, or copy its folder."
+            )
         if folder.is_file():
             raise ValueError(f"save_directory={str(folder)!r} is a file: name a folder.")
-        if folder.resolve() == Path(self.model_save_dir).resolve():
+        own = [Path(one.model_save_dir).resolve() for one in self.components.values()]
+        if folder.resolve() in (Path(self.model_save_dir).resolve(), *(one.parent for one in own)):
             raise ValueError(
                 f"save_directory={str(folder)!r} is where this pipeline reads its weights from: "
                 "choose another folder."
@@ -74,8 +83,9 @@ class SavedPipeline(OVDiffusionPipeline):
         rule = "of a class that diffusers has, or it could not be loaded again"
         known = hasattr(diffusers, type(self.scheduler).__name__)
         check(known, "scheduler", self.scheduler, rule)
+        return read_json(Path(self.model_save_dir) / MODEL_INDEX)
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, index: dict[str, Any]) -> None:
         files = [
             f"{part}/{file}" for part in (*COMPONENTS, VAE_ENCODER) for file in COMPONENT_FILES
         ]
@@ -86,7 +96,6 @@ class SavedPipeline(OVDiffusionPipeline):
         # optimum copies configurations and index from the own folder; components may be swapped
         for name, component in self.components.items():
             write_json(dict(component.config), folder / name / "config.json")
-        index = read_json(Path(self.model_save_dir) / MODEL_INDEX)
         classes = {
             "scheduler": ["diffusers", type(self.scheduler).__name__],
             "tokenizer": ["transformers", type(self.tokenizer).__name__],

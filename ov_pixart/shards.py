@@ -71,8 +71,13 @@ def read_captions(
 
 
 def _read_csv(file: Path, column: str | None) -> pa.Table:
-    types = {**COLUMNS, (column or "caption"): pa.string()}
-    options = pa.csv.ConvertOptions(column_types=types)
+    # of numbers, the types are found: beside an empty cell, pandas writes 512 as 512.0
+    texts = [name for name, kind in COLUMNS.items() if kind == pa.string()]
+    options = pa.csv.ConvertOptions(
+        column_types=dict.fromkeys((*texts, column or "caption"), pa.string()),
+        null_values=[""],  # and no word that a caption may be
+        strings_can_be_null=True,
+    )
     # a caption may have several lines
     parse = pa.csv.ParseOptions(newlines_in_values=True)
     return pa.csv.read_csv(file, convert_options=options, parse_options=parse)
@@ -195,9 +200,12 @@ class Shards:
         return sum(map(bool, errors.to_pylist()))
 
     def begun(self) -> dict[str, Any]:
-        """The plan that the folder was begun with, `{}` for a new one."""
+        """The plan of the shards that are there, `{}` without any."""
         file = self.folder / PLAN
-        return read_json(file) if file.exists() else {}
+        return read_json(file) if file.exists() and self._finished() else {}
+
+    def _finished(self) -> list[str]:
+        return sorted(file.name for file in self.folder.glob("images-*.parquet"))
 
     def prepare(self, plan: dict[str, Any], rows: int, *, retry_failed: bool) -> None:
         """Write the plan, or compare it with the one there; the folder is locked by the caller.
@@ -206,14 +214,14 @@ class Shards:
         """
         file = self.folder / PLAN
         remove_leftovers(self.folder)
-        if not file.exists():
-            taken = [path.name for path in self.folder.glob("images-*.parquet")]
+        if self._finished():
             rule = f"an empty folder, or one with a {PLAN}"
-            check(not taken, "output_dir", str(self.folder), rule)
+            check(file.exists(), "output_dir", str(self.folder), rule)
+        else:
             write_json(plan, file)
-        begun = self.begun()
-        for name, value in plan.items():
-            if begun.get(name) != value:
+        begun = self.begun() or plan
+        for name in {**plan, **begun}:
+            if begun.get(name) != plan.get(name):
                 shown = f" ({shortened(str(begun.get(name)), 40)})" if name != "captions" else ""
                 raise ValueError(
                     f"output_dir={str(self.folder)!r} was begun with other {name}{shown}: "
@@ -240,8 +248,11 @@ def make_plan(
     """What must stay the same when a run is resumed: rows, model, settings, layout.
 
     The model counts by its files' sizes and records, not by its path: each machine may have a copy.
+    A scheduler counts by its settings.
     """
-    files = sorted(file for name in COMPONENTS for file in (ov_dir / name).glob("openvino_model.*"))
+    files = [file for name in COMPONENTS for file in (ov_dir / name).glob("openvino_model.*")]
+    files = sorted([*files, *(ov_dir / "tokenizer").glob("*")])
+    scheduler = read_json(ov_dir / "scheduler" / "scheduler_config.json")
     records = [
         read_record(ov_dir / name / record).get("files")
         for name in COMPONENTS
@@ -251,7 +262,7 @@ def make_plan(
     return {
         "rows": len(rows),
         "captions": _digest(rows.to_pydict()),
-        "model": _digest([sizes, records]),
+        "model": _digest([sizes, records, scheduler]),
         **settings,
         "shard_size": shards.shard_size,
         "png": shards.png,

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
+from transformers import T5Tokenizer
 
 from ov_pixart.checkpoint import COMPONENTS, load_component, stored_weights
-from ov_pixart.checks import check, read_json
+from ov_pixart.checks import check, read_json, shortened
 from ov_pixart.cost import ConversionCost, conversion_cost
 from ov_pixart.hub import HubOptions, fetch_component
 from ov_pixart.ir import IR_NAME, damage_message, ir_files, read_ir
+from ov_pixart.quiet import quiet
 from ov_pixart.single_file import check_file, load_single_file
 from ov_pixart.storage import (
     CONVERSION,
@@ -93,12 +95,19 @@ class Source:
 
 
 def find_sources(
-    networks: dict[str, Any], hub: HubOptions, checkpoint: Path, *, vae_encoder: bool
+    networks: dict[str, Any],
+    hub: HubOptions,
+    checkpoint: Path,
+    *,
+    weight_format: str | dict[str, str],
+    has_lora: bool,
+    vae_encoder: bool,
 ) -> dict[str, Source]:
     """The source of each component, by its folder among IRs.
 
     `networks`: "text_encoder", "transformer" and "vae" → what the user has given, None for the
-    checkpoint's own, False to leave the text encoder out. Raises as `find_source` does.
+    checkpoint's own, False to leave the text encoder out. Raises as `find_source` does, and where
+    components do not fit together or what is asked cannot be done to an IR.
     """
     check(isinstance(vae_encoder, bool), "vae_encoder", vae_encoder, "True or False")
     sources = {
@@ -106,7 +115,10 @@ def find_sources(
         for name, one in COMPONENTS.items()
         if not (name == "text_encoder" and networks[name] is False)
     }
-    return sources | ({VAE_ENCODER: sources["vae_decoder"]} if vae_encoder else {})
+    sources |= {VAE_ENCODER: sources["vae_decoder"]} if vae_encoder else {}
+    _check_components_fit({source.argument: source.folder for source in sources.values()})
+    _check_shared(sources, weight_format, has_lora=has_lora)
+    return sources
 
 
 def find_source(argument: str, given: str | Path | None, hub: HubOptions, own: Path) -> Source:
@@ -162,7 +174,7 @@ def _check_ir(argument: str, folder: Path) -> None:
         )
 
 
-def check_shared(
+def _check_shared(
     sources: dict[str, Source], weight_format: str | dict[str, str], *, has_lora: bool
 ) -> None:
     """Raise ValueError for what cannot be done to a component that is converted already."""
@@ -176,3 +188,32 @@ def check_shared(
                 raise ValueError(f"{place}: vae_encoder=True needs the VAE's own checkpoint.")
             if name == "transformer" and has_lora:
                 raise ValueError(f"{place}: lora= needs the transformer's own checkpoint.")
+
+
+def _check_components_fit(folders: dict[str, Path]) -> None:
+    """Raise ValueError if the transformer's widths do not match the text encoder or VAE."""
+    transformer = read_json(folders["transformer"] / "config.json")
+    for name, theirs, ours in (
+        ("text_encoder", "d_model", "caption_channels"),
+        ("vae", "latent_channels", "in_channels"),
+    ):
+        width = read_json(folders[name] / "config.json").get(theirs) if name in folders else None
+        expected = transformer.get(ours)
+        if None not in (width, expected) and width != expected:
+            raise ValueError(
+                f"transformer={str(folders['transformer'])!r} expects {ours}={expected}, but "
+                f"{name}={str(folders[name])!r} has {theirs}={width}: choose two that fit."
+            )
+
+
+def load_tokenizer(folder: Path) -> T5Tokenizer:
+    """A checkpoint's tokenizer; of its files, `spiece.model` is enough.
+
+    Raises ValueError for one that is damaged.
+    """
+    try:
+        with quiet():
+            return T5Tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever its parsers raise
+        reason = shortened(str(error), 150)
+        raise ValueError(f"{str(folder)!r} is damaged ({reason}): download it again.") from None

@@ -30,12 +30,13 @@ ALLOWED = {
     "quantize": "presets quality calibration compress ir memory upstream checks quiet",
     "compare": "pipeline loading components call_checks workers plots checkpoint memory checks",
     "judge_preset": "optimize compare summary checkpoint checks",
-    "batch": "loading checkpoint cluster shards storage checks quiet batch",  # as workers
+    "batch": "loading call_checks checkpoint cluster shards storage checks quiet "
+    "batch",  # as workers
     # what these stand on
     "shards": "checkpoint storage checks",
     "cluster": "",
     "lora": "hub single_file storage checks quiet",
-    "sources": "checkpoint single_file hub cost storage ir checks",
+    "sources": "checkpoint single_file hub cost storage ir checks quiet",
     "single_file": "checks quiet",
     "hub": "checkpoint ir checks",
     "cost": "checkpoint storage",

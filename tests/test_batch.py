@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import numpy as np
@@ -206,6 +207,7 @@ def test_nothing_is_loaded_where_nothing_is_left(ov_dir, captions, tmp_path):
         ({"png": True}, "png"),
         ({"captions": True}, "captions"),
         ({"model": True}, "model"),
+        ({"scheduler": True}, "model"),
     ],
 )
 def test_a_folder_begun_otherwise_is_refused(ov_dir, captions, tmp_path, changed, name):
@@ -215,8 +217,53 @@ def test_a_folder_begun_otherwise_is_refused(ov_dir, captions, tmp_path, changed
         rows[1]["prompt"] = "another"
     if changed.pop("model", False):
         (ov_dir / "transformer" / "openvino_model.xml").write_text("other")
+    if changed.pop("scheduler", False):
+        file = ov_dir / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "solver_order": 3}))
     with refused(ValueError, "output_dir=", f"begun with other {name}"):
         generate_many(captions(rows), tmp_path / "out", ov_dir, **STUB, **changed)
+
+
+def test_a_folder_without_images_is_begun_anew(ov_dir, captions, tmp_path):
+    """As after a first call that could not start its actors."""
+    file, out = captions(numbered(3)), tmp_path / "out"
+
+    def load(folder, **options):
+        raise MemoryError("too small")
+
+    with pytest.raises(MemoryError):
+        generate_many(file, out, ov_dir, threads=1, **{**STUB, "load": load})
+    assert generate_many(file, out, ov_dir, threads=2, **STUB).generated == 3
+
+
+def test_what_cannot_be_written_ends_the_run_with_its_reason(
+    ov_dir, captions, tmp_path, monkeypatch
+):
+    def write(shards, rows):
+        raise TypeError("no such type")
+
+    monkeypatch.setattr(batch.Shards, "write", write)
+    with refused(OSError, "TypeError", "no such type"):
+        generate_many(captions(numbered(3)), tmp_path / "out", ov_dir, **STUB)
+
+
+def test_an_actor_that_does_not_see_the_output_folder_says_so(ov_dir, tmp_path):
+    shards = batch.Shards(tmp_path / "elsewhere", 4)
+    with refused(FileNotFoundError, "output_dir=", "all machines have to see the same one"):
+        batch.WriteShards(shards, ov_dir, load=load_stub)
+
+
+def test_shapes_that_were_saved_with_the_pipeline_are_used(ov_dir):
+    class Fixed(list):
+        static_arguments: ClassVar = {"height": 768, "width": 512, "images": 1}
+
+    def load(folder, **options):
+        return Fixed()
+
+    made = GenerateImages(ov_dir, load=load, release_text_encoder=False)
+    assert (made.settings["height"], made.settings["width"]) == (768, 512)
+    asked = GenerateImages(ov_dir, load=load, release_text_encoder=False, call={"height": 256})
+    assert (asked.settings["height"], asked.settings["width"]) == (256, 512)
 
 
 def test_failed_shards_are_generated_again_on_request(ov_dir, captions, tmp_path, monkeypatch):
@@ -230,6 +277,21 @@ def test_failed_shards_are_generated_again_on_request(ov_dir, captions, tmp_path
 
 
 # ---- what is written ----------------------------------------------------------------------------
+
+
+def test_empty_cells_are_missing_and_whole_numbers_may_have_a_point(ov_dir, captions, tmp_path):
+    """As pandas writes them."""
+    rows = [
+        {"prompt": "a cat", "negative_prompt": "", "height": "512.0", "seed": "3"},
+        {"prompt": "NA", "negative_prompt": "blurry", "height": "", "seed": ""},
+        {"prompt": "", "negative_prompt": "", "height": "", "seed": ""},
+    ]
+    call = {"negative_prompt": "ugly", "height": 256}
+    result = generate_many(captions(rows), tmp_path / "out", ov_dir, call=call, **STUB)
+    first, second, third = read(tmp_path / "out")
+    assert result.failed == 1 and "prompt=None" in third["error"]
+    assert (first["negative_prompt"], first["height"], first["seed"]) == ("ugly", 512, 3)
+    assert (second["prompt"], second["negative_prompt"], second["height"]) == ("NA", "blurry", 256)
 
 
 def test_the_datasets_library_sees_images(ov_dir, captions, tmp_path):
@@ -261,6 +323,11 @@ def test_png_files_are_named_after_row_numbers(ov_dir, captions, tmp_path):
         ({"threads": -1}, "threads"),
         ({"shard_size": 0}, "shard_size"),
         ({"address": "auto"}, "address"),
+        ({"call": {"num_inference_steps": 0}}, "num_inference_steps"),
+        ({"call": {"height": "512"}}, "height"),
+        ({"call": {"guidance_scale": "high"}}, "guidance_scale"),
+        ({"call": {"guidance_start": 2}}, "guidance_start"),
+        ({"call": {"negative_prompt": ["ugly"]}}, "negative_prompt"),
     ],
 )
 def test_arguments_that_do_not_work_are_refused(ov_dir, captions, tmp_path, options, name):

@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 import pytest
 import torch
-from diffusers import LCMScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, LCMScheduler
 from optimum.intel.openvino import (
     OVDiffusionPipeline,
     OVPipelineForImage2Image,
@@ -19,6 +19,7 @@ from optimum.intel.openvino import (
 
 import ov_pixart_helper as helper
 from ov_pixart import pipeline as pipeline_module
+from ov_pixart.partial import stand_in_transformer
 from tests.support.parity import F32, assert_same, generate
 from tests.support.refused import refused
 
@@ -197,6 +198,23 @@ BAD_OPTIONS = {
     "IR by path": ({"vae_decoder": "vae"}, ValueError, "vae_decoder='vae'", "an object of Model"),
     "no scheduler": ({"scheduler": 3}, ValueError, "scheduler=3", "SchedulerMixin"),
     "no network": ({"transformer": 3}, ValueError, "transformer=3", "an object of Model"),
+    "scheduler for flows": (
+        {"scheduler": FlowMatchEulerDiscreteScheduler()},
+        *(ValueError, "scheduler='FlowMatchEulerDiscreteScheduler'", "predict noise"),
+    ),
+    "IR in the place of a VAE": (
+        {"vae": stand_in_transformer(compiled=False)},
+        *(ValueError, "vae=", "an object of Module, OVModelVae"),
+    ),
+    "module in the place of an IR": (
+        {"vae_decoder": torch.nn.Linear(1, 1)},
+        *(ValueError, "vae_decoder=", "an object of Model, CompiledModel"),
+    ),
+    "no VAE": ({"vae": None}, ValueError, "vae=None", "output_type='latent'"),
+    "not compiled": (
+        {"compile_only": True, "compile": False},
+        *(ValueError, "compile=False", "compile_only=True"),
+    ),
     "no switch": ({"load_in_8bit": "yes"}, ValueError, "load_in_8bit='yes'", "True or False"),
     "quantization by name": (
         {"quantization_config": "int8"},

@@ -101,6 +101,37 @@ def test_a_lora_for_another_transformer_is_refused(checkpoint, lora, tmp_path):
     with refused(ValueError, "lora=", "does not fit"):  # before T5, which takes minutes
         helper.convert_pipeline(checkpoint("alpha"), tmp_path / "ov", lora=wide)
     assert not list((tmp_path / "ov").rglob("*.xml"))
+    (wide / "adapter_model.safetensors").write_bytes(b"cut short")
+    with refused(ValueError, "lora=", "is damaged", "download it again"):
+        helper.convert_pipeline(checkpoint("alpha"), tmp_path / "never", lora=wide)
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_lora_that_does_not_fit_leaves_a_finished_folder_finished(
+    checkpoint, converted, lora, tmp_path
+):
+    wide = shutil.copytree(lora / "transformer_lora", tmp_path / "wide")
+    alter_config(wide, r=3)
+    out = shutil.copytree(converted("alpha"), tmp_path / "ov")
+    with refused(ValueError, "lora=", "does not fit"):
+        helper.convert_pipeline(checkpoint("alpha"), out, weight_format="fp32", lora=wide)
+    assert helper.OVDiffusionPipeline.from_pretrained(out, compile=False)
+
+
+def test_a_dora_with_scales_per_input_is_refused_by_name(checkpoint, tmp_path):
+    """As OneTrainer trains it; for the square matrices of attention it would fit by its size."""
+    model = load_transformer(checkpoint("alpha"))
+    rows, columns = model.transformer_blocks[0].attn1.to_q.weight.shape
+    name = "lora_transformer_transformer_blocks_0_attn1_to_q"
+    weights = {
+        "lora_down.weight": torch.ones(2, columns),
+        "lora_up.weight": torch.ones(rows, 2),
+        "dora_scale": torch.ones(1, columns),
+    }
+    file = tmp_path / "dora.safetensors"
+    save_file({f"{name}.{key}": value for key, value in weights.items()}, file)
+    with refused(ValueError, f"lora={str(file)!r}", "a scale per input", "dora_scale"):
+        fuse_lora(model, file, 1.0)
 
 
 # ---- files of diffusers, OneTrainer and others --------------------------------------------------

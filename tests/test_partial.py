@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
+)
 from transformers import T5EncoderModel
 
 import ov_pixart_helper as helper
@@ -171,8 +176,9 @@ def test_what_is_no_network_is_named(checkpoint, converted, fresh_pipeline):
     }.items():
         with refused(TypeError, f"{name}={type(value).__name__}", "assign"):
             setattr(pipeline, name, value)
-    with refused(TypeError, "scheduler=str", "a scheduler of diffusers"):
-        pipeline.scheduler = "LCMScheduler"
+    for value in ("LCMScheduler", FlowMatchEulerDiscreteScheduler()):
+        with refused(TypeError, f"scheduler={type(value).__name__}", "a scheduler of diffusers"):
+            pipeline.scheduler = value
     assert_same(generate(pipeline), generate(fresh_pipeline("alpha")), 1e-6)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+import torch
 from huggingface_hub import HfApi
 from optimum.intel.openvino import OVDiffusionPipeline
 
@@ -124,6 +125,43 @@ def test_a_folder_with_other_files_is_left_alone(fresh_pipeline, checkpoint, tmp
     monkeypatch.chdir(tmp_path)
     with refused(ValueError, "save_directory=''", "the path of a folder"):
         pipeline.save_pretrained("")
+
+
+def test_what_cannot_be_saved_leaves_the_target_as_it_was(fresh_pipeline, converted, tmp_path):
+    target = shutil.copytree(converted("alpha"), tmp_path / "target")
+    before = {file: file.stat().st_mtime_ns for file in target.rglob("*") if file.is_file()}
+    compiled = fresh_pipeline("alpha", compile_only=True)
+    with refused(ValueError, "compile_only=True holds no IRs"):
+        compiled.save_pretrained(target)
+    other = load_exact(target)
+    pipeline = fresh_pipeline("alpha", text_encoder=other.text_encoder)
+    pipeline.release_text_encoder()
+    with refused(ValueError, "save_directory=", "reads its weights from"):
+        pipeline.save_pretrained(target)
+    moved = shutil.copytree(converted("alpha"), tmp_path / "moved")
+    lost = load_exact(moved)
+    shutil.rmtree(moved)
+    with pytest.raises(FileNotFoundError):
+        lost.save_pretrained(target)
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_swapped_vae_comes_back_with_its_encoder(fresh_pipeline, checkpoint, tmp_path):
+    options = {"weight_format": "fp32", "vae_encoder": True}
+    other = load_exact(helper.convert_pipeline(checkpoint("alpha"), tmp_path / "other", **options))
+    pipeline = fresh_pipeline("alpha")
+    pipeline.vae = other.vae
+    pipeline.save_pretrained(tmp_path / "saved")
+    images = torch.rand(1, 3, 64, 64)
+    expected = other.vae.encode(images).latent_dist.mean
+    again = load_exact(tmp_path / "saved").vae.encode(images).latent_dist.mean
+    assert torch.allclose(again, expected, atol=1e-5)
+
+
+def test_a_pipeline_without_text_encoder_and_tokenizer_comes_back(fresh_pipeline, tmp_path):
+    lean = fresh_pipeline("alpha", text_encoder=None, tokenizer=None, compile=False)
+    lean.save_pretrained(tmp_path)
+    assert load_exact(tmp_path, compile=False).tokenizer is None
 
 
 def test_options_of_saving_are_not_ignored(fresh_pipeline, uploads, tmp_path):
