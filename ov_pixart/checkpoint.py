@@ -170,13 +170,17 @@ def check_sizes(folder: Path) -> None:
             raise ValueError(damage_message(file))
 
 
+def is_scheduler_for_pixart(kind: Any) -> bool:
+    """Whether a class is a scheduler with `scale_model_input`, which flow matching has not."""
+    is_scheduler = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    return is_scheduler and hasattr(kind, "scale_model_input")
+
+
 def read_scheduler_name(folder: Path) -> str:
     """The class of a folder's scheduler; raises ValueError unless PixArt can use it."""
     file = folder / "scheduler_config.json"
     name = str(read_json(file).get("_class_name"))
-    found = getattr(diffusers, name, None)
-    known = isinstance(found, type) and issubclass(found, SchedulerMixin)
-    if not known or not hasattr(found, "scale_model_input"):
+    if not is_scheduler_for_pixart(getattr(diffusers, name, None)):
         raise ValueError(
             f"{str(file)!r} names the scheduler {name!r}, which is unknown or does not work with "
             "PixArt: name a folder with another one as scheduler=."

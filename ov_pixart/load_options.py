@@ -12,6 +12,7 @@ from optimum.intel.openvino.configuration import OVQuantizationConfigBase
 from optimum.intel.openvino.modeling_diffusion import OVModelVae, OVPipelinePart
 from transformers import PreTrainedTokenizerBase
 
+from ov_pixart.checkpoint import is_scheduler_for_pixart
 from ov_pixart.checks import check, check_names, plain
 from ov_pixart.convert import convert_pipeline
 from ov_pixart.ir import check_ov_config, device_name
@@ -63,11 +64,11 @@ def split_options(
             if value is not None or name in _NONE_COUNTS:
                 loading[name] = value
     scheduler = loading.get("scheduler")
-    fits = scheduler is None or hasattr(scheduler, "scale_model_input")
+    fits = scheduler is None or is_scheduler_for_pixart(type(scheduler))
     rule = "one for models that predict noise, which has scale_model_input"
     check(fits, "scheduler", type(scheduler).__name__, rule)
-    if loading.get("compile_only") and not loading.get("compile", True):
-        check(False, "compile", False, "True with compile_only=True")
+    is_compiled = loading.get("compile", True) or not loading.get("compile_only")
+    check(is_compiled, "compile", False, "True with compile_only=True")
     loading["device"] = device_name(loading.get("device", "CPU"))
     check_ov_config(loading.get("ov_config"), loading["device"])
     return {name: value for name, value in conversion.items() if value is not None}, loading

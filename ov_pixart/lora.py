@@ -50,9 +50,11 @@ def fetch_lora(lora: str | Path, hub: HubOptions) -> Path:
         if (place / _CONFIG).is_file():
             return _check_peft_folder(lora, place)
         if (place / _DIFFUSERS).is_file():
+            check_file("lora", place / _DIFFUSERS)
             return place / _DIFFUSERS
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
+        check_file("lora", files[0])
         return files[0]
     if pickled := next(
         (file for file in folder.glob("*.*") if file.suffix in (".bin", ".pt")), None

@@ -5,13 +5,13 @@ from typing import Any
 
 import openvino as ov
 import torch
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from optimum.intel.openvino.modeling_diffusion import (
     OVDiffusionPipeline,
     OVModelVae,
     OVPipelinePart,
 )
 
+from ov_pixart.checkpoint import is_scheduler_for_pixart
 from ov_pixart.checks import check, check_names, is_text
 from ov_pixart.ir import static_length
 
@@ -45,8 +45,7 @@ class PartialPipeline(OVDiffusionPipeline):
         may_be_none = name in ("text_encoder", "transformer")
         fits, remedy = True, "a module of diffusers or transformers, or another pipeline's"
         if name == "scheduler":
-            # schedulers of flow matching have no `scale_model_input`, which PixArt's loop calls
-            fits = isinstance(value, SchedulerMixin) and hasattr(value, "scale_model_input")
+            fits = is_scheduler_for_pixart(type(value))
             remedy = "a scheduler of diffusers for models that predict noise"
         elif name in _NETWORKS and is_torch:
             fits = hasattr(value, "config") and hasattr(value, "dtype")

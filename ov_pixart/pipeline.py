@@ -1,5 +1,6 @@
 """The α and Σ pipelines: optimum-intel's loading and devices, diffusers' calls."""
 
+import contextlib
 import inspect
 import shutil
 import tempfile
@@ -187,7 +188,8 @@ class OVPixArtPipeline(StaticShapes, FamiliarInterface, PartialPipeline, SavedPi
             if converted:
                 folder = convert_pipeline(folder, converted, **conversion, **hub)
             check_openvino_folder(folder)
-            with silent_nncf():  # which may have to compress weights
+            compresses = loading.keys() & {"quantization_config", "load_in_8bit"}
+            with silent_nncf() if compresses else contextlib.nullcontext():
                 pipeline = super().from_pretrained(folder, **loading)
         except BaseException:
             if converted:

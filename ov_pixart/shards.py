@@ -202,10 +202,10 @@ class Shards:
     def begun(self) -> dict[str, Any]:
         """The plan of the shards that are there, `{}` without any."""
         file = self.folder / PLAN
-        return read_json(file) if file.exists() and self._finished() else {}
+        return read_json(file) if file.exists() and self._has_shards() else {}
 
-    def _finished(self) -> list[str]:
-        return sorted(file.name for file in self.folder.glob("images-*.parquet"))
+    def _has_shards(self) -> bool:
+        return any(self.folder.glob("images-*.parquet"))
 
     def prepare(self, plan: dict[str, Any], rows: int, *, retry_failed: bool) -> None:
         """Write the plan, or compare it with the one there; the folder is locked by the caller.
@@ -214,7 +214,7 @@ class Shards:
         """
         file = self.folder / PLAN
         remove_leftovers(self.folder)
-        if self._finished():
+        if self._has_shards():
             rule = f"an empty folder, or one with a {PLAN}"
             check(file.exists(), "output_dir", str(self.folder), rule)
         else:

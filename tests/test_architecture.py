@@ -20,7 +20,7 @@ ALLOWED = {
     "families checks quiet",
     "components": "ir memory",
     "guidance": "call_checks",
-    "partial": "ir checks",
+    "partial": "checkpoint ir checks",
     "pipeline": "components guidance partial call_checks interface load_options static_shapes "
     "saving convert checkpoint hub ir upstream families checks quiet",
     "saving": "sources checkpoint storage checks",
@@ -45,7 +45,7 @@ ALLOWED = {
     "checkpoint": "storage families ir checks quiet",
     "call_checks": "families checks",
     "interface": "families checks",
-    "load_options": "convert ir checks",
+    "load_options": "convert checkpoint ir checks",
     "static_shapes": "ir checks",
     "storage": "checks",
     "families": "checks quiet",
